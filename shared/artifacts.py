@@ -1,0 +1,311 @@
+"""Run directories, ledgers, atomic files and manifests: the only place that writes run files.
+
+A file exists only when complete, a ledger line only when durable, a manifest only when everything it names does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from shared.contracts import Contract, FileRef, Manifest
+from shared.errors import DataError, RunMismatch, StageOrder, StorageError, storage_error
+from shared.settings import Recipe
+
+RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "ctranslate2", "rouge_score", "nltk", "httpx", "pydantic")
+T = TypeVar("T", bound=Contract)
+
+
+def now() -> str:
+    """UTC, ISO 8601, in milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: the form in which values are hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write all of `data` to `path`, durably, or leave what was there. Raises StorageError."""
+    if isinstance(data, str):
+        data = data.encode()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _fsync_dir(path.parent)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise storage_error(exc, path) from exc
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[BaseModel]) -> None:
+    write_atomic(path, "".join(row.model_dump_json() + "\n" for row in rows))
+
+
+def read_jsonl(path: Path, model: type[T]) -> list[T]:
+    """All rows of a JSON Lines file. Raises DataError that names the line and the field."""
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    rows.append(model.model_validate_json(line))
+                except ValidationError as exc:
+                    error = exc.errors()[0]
+                    raise DataError(f"{path}, line {number}: {'.'.join(map(str, error['loc']))}: {error['msg']}") from exc
+    except OSError as exc:
+        raise DataError(f"{path}: {exc.strerror}") from exc
+    return rows
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill that takes the place of `path`, whole, when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        _fsync_dir(path.parent)
+    except OSError as exc:
+        raise storage_error(exc, path) from exc
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fsync_dir(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Ledger(Generic[T]):
+    """An append-only JSON Lines file of one kind of contract; one writer at a time.
+
+    Opening repairs a torn tail: a last line that a crash cut short is removed, and is asked for again. Appended lines are
+    on the disk once `sync` returns; `append` calls it by itself when `sync_every_s` seconds have passed since the last.
+    """
+
+    def __init__(self, path: Path, model: type[T], *, sync_every_s: float = 0.2) -> None:
+        self.path, self._model, self._every = path, model, sync_every_s
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab+")
+        except OSError as exc:
+            raise storage_error(exc, path) from exc
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            self._file.close()
+            raise StorageError(f"{path}: another process is writing this ledger; wait for it or end it") from exc
+        self.repaired_bytes = self._repair()
+        self._synced_at = time.monotonic()
+
+    def _repair(self) -> int:
+        size = self._file.seek(0, os.SEEK_END)
+        end = size
+        while end > 0:  # back to the last line feed, in blocks
+            start = max(0, end - 65536)
+            self._file.seek(start)
+            cut = self._file.read(end - start).rfind(b"\n")
+            if cut >= 0:
+                end = start + cut + 1
+                break
+            end = start
+        if end < size:
+            self._file.truncate(end)
+        self._file.seek(0, os.SEEK_END)
+        return size - end
+
+    def rows(self) -> list[T]:
+        """All durable and pending lines. Raises DataError for a line that is not what this ledger holds."""
+        self._flush()
+        return read_jsonl(self.path, self._model)
+
+    def append(self, row: T) -> None:
+        """Add one line. Raises StorageError; a line that did not fit leaves no torn tail behind."""
+        try:
+            self._file.write(row.model_dump_json().encode() + b"\n")
+        except OSError as exc:
+            self._undo(exc)
+        if time.monotonic() - self._synced_at >= self._every:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make every appended line durable."""
+        self._flush()
+        os.fsync(self._file.fileno())
+        self._synced_at = time.monotonic()
+
+    def _flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as exc:
+            self._undo(exc)
+
+    def _undo(self, exc: OSError) -> None:
+        """After a failed write: drop the buffer and the torn tail, keep all whole lines, tell."""
+        descriptor = os.open(self.path, os.O_RDWR)
+        self._file.detach().close() if not self._file.closed else None  # type: ignore[func-returns-value]
+        with os.fdopen(descriptor, "rb+") as self._file:  # type: ignore[assignment]
+            self._repair()
+        raise storage_error(exc, self.path) from exc
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+    def __enter__(self) -> Ledger[T]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Run:
+    """A directory that belongs to one recipe."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path, self.recipe = path, recipe
+
+    @classmethod
+    def open(cls, path: Path, recipe: Recipe) -> Run:
+        """Open or begin a run. Raises RunMismatch that shows each setting that differs from the run's own."""
+        mine, file = recipe.model_dump(mode="json"), path / "run.json"
+        if file.exists():
+            theirs = read_json(file)["recipe"]
+            differences = [
+                f"{key}: the run has {theirs_value!r}, you ask for {mine_value!r}"
+                for key, (theirs_value, mine_value) in _compare(theirs, mine).items()
+            ]
+            if differences:
+                raise RunMismatch(
+                    f"{path} belongs to a run with other settings; give another --out, or ask for the same: " + "; ".join(differences)
+                )
+        else:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise RunMismatch(f"{path} exists, is not empty and is no run directory (it has no run.json); give another --out")
+            write_json(file, {"recipe": mine, "created_at": now()})
+        return cls(path, recipe)
+
+    def stage(self, name: str, inputs: Sequence[str] = ()) -> Stage:
+        """A stage that reads the outputs of the stages named in `inputs`. Raises StageOrder if one of them is not complete."""
+        for other in inputs:
+            if not (self.path / other / "manifest.json").exists():
+                raise StageOrder(f"{name} reads {other}/, which {self.path} does not have yet: run that stage first")
+        return Stage(self, name, tuple(inputs))
+
+    def manifest(self, name: str) -> Manifest | None:
+        """The manifest of a complete stage, else None."""
+        file = self.path / name / "manifest.json"
+        return Manifest.model_validate_json(file.read_bytes()) if file.exists() else None
+
+
+class Stage:
+    """One stage of a run: the folder RUN/NAME, complete when its manifest says so and its inputs are still the same."""
+
+    def __init__(self, run: Run, name: str, inputs: tuple[str, ...]) -> None:
+        self.run, self.name, self._inputs = run, name, inputs
+        self.path = run.path / name
+        self._started, self._started_at = time.monotonic(), now()
+
+    @property
+    def complete(self) -> bool:
+        """Whether this stage has finished on exactly the inputs that stand there now."""
+        manifest = self.run.manifest(self.name)
+        return manifest is not None and manifest.inputs == self._input_refs() and all((self.run.path / o.path).exists() for o in manifest.outputs)
+
+    def finish(self, outputs: Sequence[Path], *, settings: Mapping[str, Any], counts: Mapping[str, Any] | None = None) -> Manifest:
+        """Write the manifest, last. `outputs`: files or folders below the run directory."""
+        files = [f for o in outputs for f in (sorted(p for p in o.rglob("*") if p.is_file()) if o.is_dir() else [o])]
+        manifest = Manifest(
+            stage=self.name,
+            inputs=self._input_refs(),
+            outputs=tuple(self._ref(f) for f in files),
+            settings=dict(settings),
+            counts=dict(counts or {}),
+            versions=versions(),
+            started_at=self._started_at,
+            seconds=round(time.monotonic() - self._started, 3),
+        )
+        write_atomic(self.path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
+        return manifest
+
+    def _ref(self, file: Path) -> FileRef:
+        return FileRef(path=str(file.relative_to(self.run.path)), sha256=sha256_file(file), bytes=file.stat().st_size)
+
+    def _input_refs(self) -> tuple[FileRef, ...]:
+        """The recorded outputs of every input stage (their hashes chain, so a model traces back to every answer)."""
+        refs: list[FileRef] = []
+        for name in self._inputs:
+            manifest = self.run.manifest(name)
+            refs += manifest.outputs if manifest else ()
+        return tuple(refs)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as exc:
+        raise DataError(f"{path}: {exc}") from exc
+
+
+def versions() -> dict[str, str]:
+    """Python, this package and the libraries that can change a result, as installed."""
+    found = {"python": platform.python_version()}
+    for package in ("blackbox-distill", *RECORDED_PACKAGES):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _compare(theirs: Any, mine: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted(theirs.keys() | mine.keys()):
+            found |= _compare(theirs.get(key), mine.get(key), f"{prefix}.{key}" if prefix else key)
+        return found
+    return {} if theirs == mine else {prefix: (theirs, mine)}

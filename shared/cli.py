@@ -1,0 +1,69 @@
+"""`distill`: a table of names to modules, loaded when asked for, so that services never import each other."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+
+COMMANDS = {
+    "run": ("student_trainer.pipeline", "all stages on this machine, ending with the student served"),
+    "teacher": ("teacher_service.main", "serve a black-box teacher over HTTP: text in, text out"),
+    "harvest": ("student_trainer.harvest.run", "ask the teacher for its answers, each kept in a ledger"),
+    "sample": ("student_trainer.sample", "let the undistilled student answer the same prompts"),
+    "triplets": ("student_trainer.triplets.run", "rank the answers into (prompt, chosen, rejected)"),
+    "train": ("student_trainer.training.run", "train the student on the triplets with ORPO"),
+    "export": ("student_trainer.export", "turn the checkpoint into a folder that can be served"),
+    "evaluate": ("evaluator.run", "score student, teacher and baselines on the test split"),
+    "promote": ("evaluator.promote", "make the student the served one, if it is provably better"),
+    "rollback": ("evaluator.rollback", "serve the previously promoted student again"),
+    "serve": ("student_trainer.serving.main", "serve the promoted student over HTTP"),
+    "status": ("student_trainer.status", "what a run directory has done and what is left"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0, that of its error class (shared/errors.py), or 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from shared import __version__
+
+        print(f"distill {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"distill: unknown command {argv[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    # libraries we use must neither phone home nor wait for a network that is not there
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from shared.errors import INTERRUPTED, DistillError
+
+    try:
+        return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]))
+    except DistillError as exc:
+        print(f"distill {argv[0]}: {exc}", file=sys.stderr)
+        return exc.exit_code
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not garble the farewell
+        import shlex
+
+        print(f"\nstopped; everything done so far is kept. To go on:\n  distill {shlex.join(argv)}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    return f"usage: distill COMMAND [options]\n\nBlack-box knowledge distillation, end to end.\n\n{rows}\n\n`distill COMMAND --help` tells the options."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

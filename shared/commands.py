@@ -1,0 +1,74 @@
+"""The options every stage command shares, and the way from them to a run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shared.artifacts import Run
+from shared.errors import SettingsError
+from shared.settings import RESERVED, Recipe, load_settings
+
+
+def stage_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """An argument parser with --recipe, --out and --set."""
+    parser = argparse.ArgumentParser(prog=f"distill {command}", description=description)
+    parser.add_argument("--recipe", type=Path, required=True, metavar="YAML", help="what to do; recipes/ has some")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run directory: everything is written there")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="one recipe setting, e.g. train.epochs=2"
+    )
+    return parser
+
+
+def open_run(arguments: argparse.Namespace, flags: dict[str, Any] | None = None) -> Run:
+    """The run that the shared options name. Raises SettingsError, RunMismatch."""
+    recipe = load_settings(
+        Recipe, flags={**assignments(arguments.settings), **(flags or {})}, yaml_file=arguments.recipe, reserved=RESERVED
+    )
+    return Run.open(arguments.out, recipe)
+
+
+def assignments(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs as a mapping, values read as YAML. Raises SettingsError."""
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise SettingsError(f"--set {pair}: expected NAME=VALUE, e.g. --set train.epochs=2")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError as exc:
+            raise SettingsError(f"--set {pair}: the value is not readable YAML: {exc}") from exc
+    return values
+
+
+class Progress:
+    """How far a long stage is: rewritten in place on a terminal, a plain line at most every `every_s` seconds in a log."""
+
+    def __init__(self, what: str, total: int, *, unit: str = "rows", done: int = 0, every_s: float = 10.0) -> None:
+        self._what, self._total, self._unit, self._done, self._every = what, total, unit, done, every_s
+        self._first, self._started, self._told = done, time.monotonic(), 0.0
+        self._terminal = sys.stderr.isatty()
+
+    def step(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more units as done."""
+        self._done += count
+        elapsed = time.monotonic() - self._told
+        if elapsed >= (0.2 if self._terminal else self._every) or self._done >= self._total:
+            self._tell(note)
+
+    def _tell(self, note: str) -> None:
+        self._told = time.monotonic()
+        rate = (self._done - self._first) / max(self._told - self._started, 1e-9)
+        left = (self._total - self._done) / rate if rate > 0 else 0.0
+        line = f"{self._what}: {self._done}/{self._total} {self._unit}, {rate:.1f}/s, {left:.0f} s left{', ' + note if note else ''}"
+        if self._terminal:
+            print(f"\r\x1b[K{line}", end="\n" if self._done >= self._total else "", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,99 @@
+"""One tree of errors: a class names the boundary that failed and what the caller can do; its exit code is its own.
+
+    DistillError                     1
+      SettingsError                  2   mend the recipe, the flag or the environment variable
+      PromotionRefused               3   the student did not win; what was served stays served
+      DataError                      4   mend the data file
+        LeakageError                 5   test rows would reach training
+      RunMismatch                    6   another recipe owns this run directory
+      TeacherError                   7
+        TeacherUnavailable           7   worth retrying: refused, reset, timed out, 5xx, 429
+        TeacherRejected              7   retrying cannot help: 4xx, not an OpenAI-compatible answer
+      HarvestTooThin                 8   too few usable answers
+      StageOrder                     9   a stage this one reads has not been finished
+      StorageError                  10   no space, read-only, locked by another writer
+      EngineError                   11   a local engine cannot load or answer
+      TrainingError                 12   nothing to train on, loss not finite
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect it."""
+
+
+class DistillError(Exception):
+    """Base of all errors that a user can act on; the message names the field or file and the remedy."""
+
+    exit_code = 1
+
+
+class SettingsError(DistillError):
+    exit_code = 2
+
+
+class PromotionRefused(DistillError):
+    exit_code = 3
+
+
+class DataError(DistillError):
+    exit_code = 4
+
+
+class LeakageError(DataError):
+    exit_code = 5
+
+
+class RunMismatch(DistillError):
+    exit_code = 6
+
+
+class TeacherError(DistillError):
+    exit_code = 7
+
+
+class TeacherUnavailable(TeacherError):
+    """The teacher did not answer this time: worth retrying. `retry_after_s`: what it asked for, if it did."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class TeacherRejected(TeacherError):
+    """The teacher answered and refused, or answered something else than its API promises: retrying cannot help."""
+
+
+class HarvestTooThin(DistillError):
+    exit_code = 8
+
+
+class StageOrder(DistillError):
+    exit_code = 9
+
+
+class StorageError(DistillError):
+    exit_code = 10
+
+
+class EngineError(DistillError):
+    exit_code = 11
+
+
+class TrainingError(DistillError):
+    exit_code = 12
+
+
+def storage_error(exc: OSError, path: Path) -> StorageError:
+    """The `StorageError` that says what a failed write at `path` means and what to do about it."""
+    remedy = {
+        errno.ENOSPC: "no space left on the device; free some and run the same command again: what was written is kept",
+        errno.EDQUOT: "disk quota exceeded; free some and run the same command again: what was written is kept",
+        errno.EROFS: "the file system is read-only; give a writable --out",
+        errno.EACCES: "permission denied; give an --out that this user may write",
+        errno.EPERM: "operation not permitted; give an --out that this user may write",
+    }.get(exc.errno or 0, exc.strerror or repr(exc))
+    return StorageError(f"{path}: {remedy}")

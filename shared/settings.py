@@ -1,0 +1,365 @@
+"""Settings and recipes: flag > environment variable > recipe YAML > default; what nobody knows is refused by name.
+
+A secret is a field of type SecretStr with a twin `NAME_file`: a path whose content is the secret, as container engines mount them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError as SourceError
+
+from shared.errors import SettingsError
+
+RESERVED = {"DISTILL_CACHE"}
+"""Variables with our prefix that are no recipe settings. DISTILL_CACHE: where converted weights and downloads are kept."""
+
+
+def cache_dir() -> Path:
+    """Where converted weights and downloads are kept: $DISTILL_CACHE, else ~/.cache/blackbox-distill."""
+    return Path(os.environ.get("DISTILL_CACHE") or Path.home() / ".cache" / "blackbox-distill")
+
+
+class Section(BaseModel):
+    """A part of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DatasetSettings(Section):
+    """Which rows; the same rows in the same splits on every machine."""
+
+    name: Literal["sample", "meqsum", "file"] = "sample"
+    """sample: 330 questions embedded in the package. meqsum: from `path`, else from its URL. file: any JSONL or CSV at `path`."""
+    path: Path | None = None
+    """meqsum: the xlsx file; file: a .jsonl or .csv."""
+    hub: str | None = None
+    """meqsum: a Hugging Face data set to read instead of the xlsx, e.g. albertvillanova/meqsum."""
+    question_column: str = "question"
+    summary_column: str | None = "summary"
+    """file: None where there are no references."""
+    seed: int = 13
+    """Of the shuffle that makes the splits (meqsum, file)."""
+    validation_rows: int = Field(100, ge=0)
+    test_rows: int = Field(100, ge=1)
+    """Rows split off for validation and test (meqsum, file); the sample's splits are fixed."""
+    reserved_rows: int = Field(0, ge=0)
+    """First rows of the train split that are kept out of every stage, e.g. those a teacher's adapter was trained on."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first rows of the train split."""
+    test_limit: int | None = Field(None, ge=1)
+    """Use only the first rows of the test split."""
+
+
+class TaskSettings(Section):
+    """What is asked of teacher and student alike; the words stand in shared/prompts.py."""
+
+    instruction: str = Field("", description="Empty: the question-summarisation instruction of shared/prompts.py.")
+    max_question_chars: int = Field(900, ge=1)
+    """Longer texts are cut in the middle, keeping their beginning and end."""
+    shots: int = Field(3, ge=0, le=32)
+    """Examples before the question in the few-shot baselines, drawn from train by seed."""
+
+
+class LaunchSettings(Section):
+    """A teacher that `distill run` starts itself as a process of its own, to be asked over HTTP like any other."""
+
+    engine: Literal["local", "scripted"]
+    model: str = "embedded:smollm2-135m-questions"
+    """local: a model reference (see shared/models.py)."""
+
+
+class TeacherSettings(Section):
+    """Who is asked. Exactly one of `url` and `launch`."""
+
+    url: str | None = None
+    """Base URL of an OpenAI-compatible API, with its /v1."""
+    launch: LaunchSettings | None = None
+    model: str = "teacher"
+    """The public model name to ask for."""
+    protocol: Literal["chat", "completions"] = "chat"
+    api_key: SecretStr | None = Field(None, exclude=True)
+    api_key_file: Path | None = Field(None, exclude=True)
+    timeout_s: float = Field(120.0, gt=0)
+    """Seconds allowed for one attempt at one request."""
+    max_attempts: int = Field(5, ge=1)
+    """Attempts at one request when the teacher is unavailable."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> TeacherSettings:
+        if (self.url is None) == (self.launch is None):
+            raise ValueError("give exactly one of url and launch")
+        return self
+
+    @property
+    def identity(self) -> str:
+        """Who answers, independent of the port a launched teacher happens to get: part of every ledger key."""
+        return self.url or f"launch:{self.launch.engine}:{self.launch.model}"  # type: ignore[union-attr]
+
+
+class HarvestSettings(Section):
+    """How many answers, and how they are sampled."""
+
+    samples: int = Field(4, ge=1, le=64)
+    """Answers a prompt."""
+    temperature: float = Field(0.8, ge=0, le=2)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_tokens: int = Field(48, ge=1)
+    stop: tuple[str, ...] = ("\n",)
+    concurrency: int = Field(16, ge=1, le=1024)
+    """Requests in flight; one request asks for all samples of a prompt that are still missing."""
+    max_failed_fraction: float = Field(0.05, ge=0, le=1)
+    """Above it the stage fails, with its census."""
+
+
+class StudentSettings(Section):
+    """Who learns."""
+
+    model: str = "google/flan-t5-base"
+    """A model reference: Hub name, folder, embedded:NAME or random:NAME (see shared/models.py)."""
+
+
+class SampleSettings(Section):
+    """The undistilled student's own answers, the natural rejected side."""
+
+    samples: int = Field(2, ge=0, le=64)
+    temperature: float = Field(0.8, ge=0, le=2)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_tokens: int = Field(48, ge=1)
+    stop: tuple[str, ...] = ("\n",)
+
+
+class TripletSettings(Section):
+    """How answers become preferences."""
+
+    ranking: Literal["reference", "consensus", "first"] = "reference"
+    """reference: ROUGE-L F1 against the row's reference. consensus: mean ROUGE-L F1 with the prompt's other teacher samples
+    (minimum Bayes risk). first: the order of arrival."""
+    margin: float = Field(0.05, ge=0, le=1)
+    """Pairs whose scores differ by less are ties and dropped."""
+    max_similarity: float = Field(0.9, gt=0, le=1)
+    """Pairs whose texts have a higher ROUGE-L F1 with each other are near-equal and dropped."""
+    max_rejected: int = Field(2, ge=1, le=16)
+    """Rejected answers kept a prompt."""
+
+
+class TrainSettings(Section):
+    """ORPO: loss = NLL(chosen) + orpo_lambda * L_OR (Hong et al., 2024)."""
+
+    orpo_lambda: float = Field(0.1, ge=0)
+    """0 is sequence-level distillation (SFT on the chosen)."""
+    epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides epochs."""
+    batch_size: int = Field(8, ge=1)
+    """Prompts a device and micro-batch."""
+    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    max_prompt_tokens: int = Field(512, ge=8)
+    max_response_tokens: int = Field(64, ge=2)
+    frozen_layers: int = Field(0, ge=0)
+    """Lowest blocks (and the embeddings, if any) that are not trained."""
+    lora_rank: int = Field(0, ge=0)
+    """0: the weights themselves are trained; else LoRA of this rank on all linear layers."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16: autocast over float32 weights. auto: bf16 where the processor computes it natively."""
+    checkpoint_steps: int = Field(20, ge=1)
+    """Optimizer steps between checkpoints; a killed run goes on from the last."""
+
+
+class ExportSettings(Section):
+    """The form in which a student is served."""
+
+    quantization: Literal["int8", "float16", "float32"] = "int8"
+
+
+class EvaluateSettings(Section):
+    """How systems are compared."""
+
+    max_tokens: int = Field(48, ge=1)
+    """Of every system's greedy answer."""
+    stop: tuple[str, ...] = ("\n",)
+    resamples: int = Field(10_000, ge=100)
+    """Of the paired bootstrap."""
+    seed: int = 0
+
+
+class PromoteSettings(Section):
+    """When a student replaces what is served."""
+
+    metric: Literal["rouge1", "rouge2", "rougeL", "bleu"] = "rougeL"
+    baseline: str = "student-zero-shot"
+    margin: float = Field(0.0, ge=0)
+    """The gain must exceed this, in the metric's own unit (0 to 1)."""
+    alpha: float = Field(0.05, gt=0, lt=1)
+
+
+class Recipe(BaseSettings):
+    """Everything that makes a run what it is. Environment: DISTILL_TRAIN__EPOCHS=2 is train.epochs."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DISTILL_", env_nested_delimiter="__", extra="forbid", frozen=True, nested_model_default_partial_update=True
+    )
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = Field(0, ge=0)
+    dataset: DatasetSettings = DatasetSettings()
+    task: TaskSettings = TaskSettings()
+    teacher: TeacherSettings
+    student: StudentSettings = StudentSettings()
+    harvest: HarvestSettings = HarvestSettings()
+    sample: SampleSettings = SampleSettings()
+    triplets: TripletSettings = TripletSettings()
+    train: TrainSettings = TrainSettings()
+    export: ExportSettings = ExportSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    promote: PromoteSettings = PromoteSettings()
+
+
+SettingsT = TypeVar("SettingsT", bound=BaseSettings)
+
+
+def load_settings(
+    model: type[SettingsT], *, flags: Mapping[str, Any], yaml_file: Path | None = None, reserved: frozenset[str] | set[str] = frozenset()
+) -> SettingsT:
+    """One settings object from its layers: `flags` (dotted or plain names) over environment over YAML over defaults.
+
+    Raises SettingsError that names each wrong field, its source where it is known, and the nearest right name.
+    """
+    names = list(dotted_names(model))
+    _refuse_unknown_variables(model, names, reserved)
+    recipe = _read_yaml(yaml_file) if yaml_file else {}
+    overrides = _nest(flags, names)
+
+    class Layered(model):  # type: ignore[valid-type,misc]
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (_Layer(settings_cls, overrides), env_settings, _Layer(settings_cls, recipe))
+
+    try:
+        layered = Layered()
+    except (ValidationError, SourceError) as exc:
+        where = str(yaml_file) if yaml_file else model.__name__
+        raise SettingsError(explain(exc, names, where)) from exc
+    layered.__class__ = model
+    return layered  # type: ignore[no-any-return]
+
+
+class _Layer(PydanticBaseSettingsSource):
+    """A plain mapping as one layer of settings."""
+
+    def __init__(self, settings_cls: type[BaseSettings], values: dict[str, Any]) -> None:
+        super().__init__(settings_cls)
+        self._values = values
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        return self._values.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return self._values
+
+
+def read_secret(value: SecretStr | None, file: Path | None, field: str) -> str | None:
+    """The secret given directly, else the content of its file, else None. Raises SettingsError for an unreadable or empty file."""
+    if value is not None:
+        return value.get_secret_value()
+    if file is None:
+        return None
+    try:
+        secret = file.read_text().strip()
+    except OSError as exc:
+        raise SettingsError(f"{field}_file: cannot read {file}: {exc.strerror}") from exc
+    if not secret:
+        raise SettingsError(f"{field}_file: {file} is empty; put the key there, alone on a line")
+    return secret
+
+
+def dotted_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every settable name of a settings model: `train.epochs`, ..."""
+    for name, field in model.model_fields.items():
+        nested = _section(field.annotation)
+        yield prefix + name
+        if nested:
+            yield from dotted_names(nested, f"{prefix}{name}.")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    options = getattr(annotation, "__args__", (annotation,))
+    return next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """'; did you mean X?' or, where nothing is near, nothing."""
+    leaf = {n.rpartition(".")[2]: n for n in names}
+    close = difflib.get_close_matches(name, names, 1, 0.75) or [
+        leaf[c] for c in difflib.get_close_matches(name.rpartition(".")[2], list(leaf), 1, 0.75)
+    ]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def explain(exc: ValidationError | SourceError, names: list[str], where: str) -> str:
+    """A ValidationError as one sentence a field, without pydantic's own vocabulary."""
+    if isinstance(exc, SourceError):
+        return f"{where}: {exc}: {exc.__cause__}"
+    lines = []
+    for error in exc.errors():
+        field = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            lines.append(f"{field}: unknown setting{nearest(field, names)}")
+        elif error["type"] == "missing":
+            lines.append(f"{field}: required, and neither flag, environment nor recipe gives it")
+        else:
+            given = "" if isinstance(error["input"], (dict, BaseModel)) else f" (got {error['input']!r})"
+            lines.append(f"{field}: {error['msg'].removeprefix('Value error, ')}{given}")
+    return f"{where}: " + "; ".join(lines)
+
+
+def _refuse_unknown_variables(model: type[BaseSettings], names: list[str], reserved: frozenset[str] | set[str]) -> None:
+    prefix = model.model_config.get("env_prefix", "").upper()
+    known = {prefix + n.upper().replace(".", "__") for n in names} | reserved
+    for variable in sorted(os.environ):
+        if variable.upper().startswith(prefix) and variable.upper() not in known:
+            raise SettingsError(f"{variable}: unknown environment variable{nearest(variable.upper(), sorted(known))}; unset it or mend it")
+
+
+def _nest(flags: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flags.items():
+        if name not in names:
+            raise SettingsError(f"{name}: unknown setting{nearest(name, names)}")
+        *parents, leaf = name.split(".")
+        section = nested
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = value
+    return nested
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise SettingsError(f"recipe {path}: {exc.strerror}; give --recipe the path of a YAML file (recipes/ has some)") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise SettingsError(f"recipe {path} is not readable YAML: {exc}") from exc
+    if not isinstance(content, dict):
+        raise SettingsError(f"recipe {path}: expected a mapping of settings, found {type(content).__name__}")
+    return content
