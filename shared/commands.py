@@ -6,13 +6,12 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from shared.artifacts import Run
 from shared.errors import SettingsError
-from shared.settings import RESERVED, Recipe, load_settings
+
+if TYPE_CHECKING:
+    from shared.artifacts import Run
 
 
 def stage_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -28,6 +27,9 @@ def stage_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def open_run(arguments: argparse.Namespace, flags: dict[str, Any] | None = None) -> Run:
     """The run that the shared options name. Raises SettingsError, RunMismatch."""
+    from shared.artifacts import Run  # after parsing: --help must not wait for pydantic
+    from shared.settings import RESERVED, Recipe, load_settings
+
     recipe = load_settings(
         Recipe, flags={**assignments(arguments.settings), **(flags or {})}, yaml_file=arguments.recipe, reserved=RESERVED
     )
@@ -36,6 +38,8 @@ def open_run(arguments: argparse.Namespace, flags: dict[str, Any] | None = None)
 
 def assignments(pairs: list[str]) -> dict[str, Any]:
     """NAME=VALUE pairs as a mapping, values read as YAML. Raises SettingsError."""
+    import yaml
+
     values = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")

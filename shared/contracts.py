@@ -129,3 +129,18 @@ class Manifest(Contract):
     versions: dict[str, str]
     started_at: str
     seconds: float = Field(ge=0)
+
+
+class ServingConfig(Contract):
+    """`serving.json` in a serving folder: what a local engine must know beside CTranslate2's model and `tokenizer.json`."""
+
+    name: str
+    kind: Literal["encoder-decoder", "decoder-only"]
+    eos_token: str
+    bos_token: str | None = None
+    decoder_start_token: str | None = None
+    """Encoder-decoder only."""
+    chat_template: str | None = None
+    """Jinja, as Hugging Face writes it; None: messages are joined into one plain text."""
+    max_input_tokens: int = Field(ge=1)
+    quantization: Literal["int8", "float16", "float32"]

@@ -8,7 +8,8 @@
       RunMismatch                    6   another recipe owns this run directory
       TeacherError                   7
         TeacherUnavailable           7   worth retrying: refused, reset, timed out, 5xx, 429
-        TeacherRejected              7   retrying cannot help: 4xx, not an OpenAI-compatible answer
+        TeacherRejected              7   retrying cannot help: wrong URL or key, not an OpenAI-compatible answer
+          RequestRefused             7   this one request was refused: a failed row
       HarvestTooThin                 8   too few usable answers
       StageOrder                     9   a stage this one reads has not been finished
       StorageError                  10   no space, read-only, locked by another writer
@@ -65,6 +66,10 @@ class TeacherUnavailable(TeacherError):
 
 class TeacherRejected(TeacherError):
     """The teacher answered and refused, or answered something else than its API promises: retrying cannot help."""
+
+
+class RequestRefused(TeacherRejected):
+    """The teacher refused this one request (400, 413, 422): a failed row, not a failed harvest."""
 
 
 class HarvestTooThin(DistillError):

@@ -113,6 +113,8 @@ class HarvestSettings(Section):
     top_p: float = Field(0.95, gt=0, le=1)
     max_tokens: int = Field(48, ge=1)
     stop: tuple[str, ...] = ("\n",)
+    shots: int = Field(0, ge=0, le=32)
+    """Examples before the question; a teacher that was not trained for the task needs some."""
     concurrency: int = Field(16, ge=1, le=1024)
     """Requests in flight; one request asks for all samples of a prompt that are still missing."""
     max_failed_fraction: float = Field(0.05, ge=0, le=1)

@@ -1,0 +1,68 @@
+"""From a request to token ids: one piece of code for training, sampling and serving, so that all see the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from shared.contracts import GenerationRequest, Message, ServingConfig
+from shared.errors import EngineError
+
+
+class PromptEncoder:
+    """Renders a request and tokenises it, as the model's own tokenizer does."""
+
+    def __init__(self, tokenizer: Tokenizer, *, chat_template: str | None, bos_token: str | None, eos_token: str) -> None:
+        self.tokenizer = tokenizer
+        self._names = {"bos_token": bos_token or "", "eos_token": eos_token}
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.globals["raise_exception"] = _raise
+        self._template = environment.from_string(chat_template) if chat_template else None
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: ServingConfig) -> PromptEncoder:
+        """The encoder of a serving folder. Raises EngineError if it has no tokenizer."""
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            raise EngineError(f"{folder} has no tokenizer.json: it is not a complete serving folder; export the model again")
+        return cls(
+            Tokenizer.from_file(str(file)), chat_template=config.chat_template, bos_token=config.bos_token, eos_token=config.eos_token
+        )
+
+    @classmethod
+    def from_transformers(cls, tokenizer: Any) -> PromptEncoder:
+        """The encoder of a fast tokenizer of transformers (its chat template is used for messages)."""
+        return cls(
+            tokenizer.backend_tokenizer,
+            chat_template=tokenizer.chat_template,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+        )
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Chat turns as the model was trained to read them, ready for the assistant's answer; plain text without a template."""
+        if self._template is None:
+            return "\n\n".join(m.content for m in messages)
+        try:
+            return self._template.render(messages=[m.model_dump() for m in messages], add_generation_prompt=True, **self._names)
+        except TemplateError as exc:
+            raise EngineError(f"the model's chat template refuses these messages: {exc}") from exc
+
+    def encode(self, request: GenerationRequest) -> list[int]:
+        """Token ids of a whole prompt; special tokens are added unless a chat template has already written them."""
+        if request.messages is not None:
+            text, special = self.render(request.messages), self._template is None
+        else:
+            text, special = request.prompt or "", True
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
