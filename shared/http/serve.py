@@ -1,0 +1,75 @@
+"""Running an application until it is told to stop: one line when it listens, a clear word when the port is taken, a quiet end."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+import sys
+import threading
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from shared.errors import EngineError, SettingsError
+
+DRAIN_S = 30
+"""Seconds that requests in flight get to finish after a signal to stop."""
+
+
+class _Server(uvicorn.Server):
+    announcement = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(self.announcement, flush=True)
+
+
+def serve(app: FastAPI, *, host: str, port: int, name: str, until_stdin_closes: bool = False) -> int:
+    """Serve until SIGTERM or Ctrl-C, finish what is in flight, return 0. Port 0 picks a free one.
+
+    Prints "NAME: listening on URL" once it does. `until_stdin_closes`: end as well when the process that started this one
+    is gone, so that no server outlives it. Raises SettingsError if the address cannot be had, EngineError if startup fails.
+    """
+    listener = _listen(host, port)
+    taken = listener.getsockname()[1]
+    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S))
+    shown = f"[{host}]" if ":" in host else host
+    server.announcement = f"{name}: listening on http://{shown}:{taken}/v1"
+
+    def stop(signum: int = 0, frame: FrameType | None = None) -> None:
+        server.should_exit = True
+
+    # uvicorn raises a signal it has handled once more when it is done: it must then find a handler that does no harm
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    if until_stdin_closes:
+
+        def wait_for_the_end() -> None:
+            sys.stdin.buffer.read()
+            stop()
+
+        threading.Thread(target=wait_for_the_end, daemon=True).start()
+    server.run(sockets=[listener])
+    if not server.started and not server.should_exit:
+        raise EngineError(f"{name}: the server did not start; its log tells why")
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except socket.gaierror as exc:
+        raise SettingsError(f"--host {host}: no such address of this machine") from exc
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            raise SettingsError(f"--port {port}: another process listens there; give another --port (0 picks a free one)") from exc
+        if exc.errno == errno.EADDRNOTAVAIL:
+            raise SettingsError(f"--host {host}: no address of this machine") from exc
+        raise SettingsError(f"--port {port} on --host {host}: {exc.strerror}") from exc
+    return listener

@@ -1,0 +1,69 @@
+"""`distill export`: the trained checkpoint becomes RUN/model: a Hugging Face folder, a serving folder and a model card."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shared.commands import open_run, stage_parser
+
+if TYPE_CHECKING:
+    from shared.artifacts import Run
+
+
+def main(argv: list[str]) -> int:
+    arguments = stage_parser("export", __doc__).parse_args(argv)
+    run = open_run(arguments)
+    stage = run.stage("model", inputs=["checkpoints"])
+    if stage.complete:
+        print("export: complete, nothing to do")
+        return 0
+
+    import os
+    import shutil
+
+    from shared.artifacts import new_directory, write_atomic
+    from shared.engines.convert import convert
+
+    student, recipe = run.path / "checkpoints" / "student", run.recipe
+    with new_directory(stage.path) as folder:
+        shutil.copytree(student, folder / "hf", copy_function=_link)
+        convert(str(student), folder / "serving", name=recipe.name, quantization=recipe.export.quantization)
+        write_atomic(folder / "README.md", model_card(run))
+    stage.finish([stage.path / "hf", stage.path / "serving", stage.path / "README.md"], settings=recipe.export.model_dump(mode="json"))
+    size = os.path.getsize(stage.path / "serving" / "model.bin")
+    print(f"export: {stage.path}/serving, {recipe.export.quantization}, {size / 1e6:.0f} MB")
+    return 0
+
+
+def _link(source: str, target: str) -> str:
+    """A hard link where the file system has them: the checkpoint and the model are the same bytes."""
+    import os
+    import shutil
+
+    try:
+        os.link(source, target)
+        return target
+    except OSError:
+        return str(shutil.copy2(source, target))
+
+
+def model_card(run: Run) -> str:
+    """The card in the Hub's format: what the model learned from whom."""
+    recipe = run.recipe
+    harvest, triplets = run.manifest("responses/teacher"), run.manifest("triplets/r0")
+    answers = harvest.counts.get("answers", "?") if harvest else "?"
+    pairs = triplets.counts.get("triplets", "?") if triplets else "?"
+    return f"""---
+base_model: {recipe.student.model}
+tags: [blackbox-distill, orpo, knowledge-distillation]
+---
+# {recipe.name}
+
+`{recipe.student.model}` distilled from the answers of a black-box teacher (`{recipe.teacher.identity}`, model `{recipe.teacher.model}`)
+with ORPO (lambda {recipe.train.orpo_lambda}) on {pairs} triplets chosen out of {answers} teacher answers; data set `{recipe.dataset.name}`.
+
+- `hf/`: Hugging Face format. `serving/`: CTranslate2, {recipe.export.quantization}.
+- Task: {recipe.task.instruction or "summarise a health message as one short question"}
+- The licences of the base model, of the teacher's terms of use and of the data apply.
+- Not medical advice: it restates questions and must not be used to answer them.
+"""

@@ -1,0 +1,183 @@
+"""`distill run`: all stages on this machine, each a process of its own, in the order compose uses, ending with the student served."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.commands import assignments
+from shared.errors import INTERRUPTED, DistillError, SettingsError, TeacherUnavailable
+
+if TYPE_CHECKING:
+    from shared.artifacts import Run
+    from shared.settings import LaunchSettings
+
+STAGES = {
+    "harvest": "responses/teacher",
+    "sample": "responses/student-r0",
+    "triplets": "triplets/r0",
+    "train": "checkpoints",
+    "export": "model",
+    "evaluate": "evaluation",
+}
+"""Command -> the folder of the run it completes, in order."""
+ASKS_TEACHER = ("harvest", "evaluate")
+TEACHER_START_S = 240.0
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="distill run", description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True, metavar="YAML", help="what to do; recipes/ has some")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory; default: runs/RECIPE-NAME")
+    parser.add_argument("--dataset", metavar="NAME", help="sample, meqsum, or the path of a .jsonl, .csv or MeQSum .xlsx file")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N rows of the train split")
+    parser.add_argument("--no-serve", action="store_true", help="end after the evaluation and the promotion")
+    parser.add_argument("--port", type=int, default=8080, help="of the student's server; default 8080")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="one recipe setting")
+    arguments = parser.parse_args(argv)
+
+    from shared.artifacts import Run
+    from shared.settings import RESERVED, Recipe, load_settings
+
+    flags = {**assignments(arguments.settings), **_dataset_flags(arguments)}
+    recipe = load_settings(Recipe, flags=flags, yaml_file=arguments.recipe, reserved=RESERVED)
+    out = arguments.out or Path("runs") / recipe.name
+    run = Run.open(out, recipe)
+    shared = ["--recipe", str(arguments.recipe), "--out", str(out)]
+    for name, value in flags.items():
+        shared += ["--set", f"{name}={_yaml_scalar(value)}"]
+
+    begun = time.monotonic()
+    print(f"run {out}: recipe {recipe.name}, student {recipe.student.model}, teacher {recipe.teacher.identity}", flush=True)
+    left = [command for command, folder in STAGES.items() if run.manifest(folder) is None]
+    teacher = recipe.teacher.launch if any(c in left for c in ASKS_TEACHER) else None
+    with _teacher(run, teacher) if teacher else nullcontext() as url:
+        for command in STAGES:
+            extra = ["--teacher-url", url] if url and command in ASKS_TEACHER else []
+            _stage(command, shared + extra)
+    _print_times(run, time.monotonic() - begun)
+    _stage("promote", shared)
+    if arguments.no_serve:
+        return 0
+    return _run_child("serve", ["--registry", str(out / "registry"), "--port", str(arguments.port)])
+
+
+def _dataset_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """--dataset and --limit as recipe settings; rows reserved for the embedded sample's adapter mean nothing in other data."""
+    flags: dict[str, Any] = {}
+    name = arguments.dataset
+    if name in ("sample", "meqsum"):
+        flags["dataset.name"] = name
+    elif name:
+        if not Path(name).suffix:
+            raise SettingsError(f"--dataset {name}: expected sample, meqsum or the path of a .jsonl, .csv or .xlsx file")
+        flags |= {"dataset.name": "meqsum" if name.endswith(".xlsx") else "file", "dataset.path": str(Path(name).resolve())}
+    if name and name != "sample":
+        flags["dataset.reserved_rows"] = 0
+    if arguments.limit is not None:
+        flags["dataset.limit"] = arguments.limit
+    return flags
+
+
+def _yaml_scalar(value: Any) -> str:
+    import json
+
+    return json.dumps(value)  # every JSON value is a YAML value
+
+
+def _stage(command: str, options: list[str]) -> None:
+    """Run one stage as a child. Raises StageFailed with the child's own exit code."""
+    code = _run_child(command, options)
+    if code == INTERRUPTED or code == -signal.SIGINT:
+        raise KeyboardInterrupt
+    if code != 0:
+        raise StageFailed(command, code)
+
+
+class StageFailed(DistillError):
+    """A stage ended with an error and has said why; nothing of what was done before is lost."""
+
+    def __init__(self, command: str, code: int) -> None:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        super().__init__(f"`distill {command}` {how}; once that is mended, run the same command again: finished stages are kept")
+        self.exit_code = code if code > 0 else 128 - code
+
+
+def _run_child(command: str, options: list[str]) -> int:
+    """Run `distill COMMAND` to its end; a Ctrl-C reaches the child by itself, so wait for it to save and stop."""
+    child = subprocess.Popen([sys.executable, "-m", "shared.cli", command, *options], env=_quiet())
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+@contextmanager
+def _teacher(run: Run, launch: LaunchSettings) -> Iterator[str]:
+    """The recipe's own teacher as a process on a free port of the loopback; its base URL. Ends with the block, or with this process."""
+    port = _free_port()
+    command = [sys.executable, "-m", "shared.cli", "teacher", "--engine", launch.engine, "--port", str(port)]
+    command += ["--public-name", run.recipe.teacher.model, "--until-stdin-closes"]
+    if launch.engine == "local":
+        command += ["--model-ref", launch.model]
+    log = run.path / "teacher.log"
+    print(f"teacher: {launch.engine} {launch.model if launch.engine == 'local' else ''} starting; its log is {log}", flush=True)
+    with log.open("ab") as output:
+        # in a process group of its own: a Ctrl-C must end the stage that asks it, not the one who answers
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=_quiet(), start_new_session=True)
+        try:
+            _wait_until_ready(process, f"http://127.0.0.1:{port}", log)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], base: str, log: Path) -> None:
+    """Poll /readyz. Raises TeacherUnavailable with the end of the log if the teacher dies or takes too long."""
+    import httpx
+
+    begun = told = time.monotonic()
+    with httpx.Client(trust_env=False, timeout=5) as client:
+        while process.poll() is None and time.monotonic() - begun < TEACHER_START_S:
+            try:
+                if client.get(f"{base}/readyz").status_code == 200:
+                    print(f"teacher: ready at {base}/v1 after {time.monotonic() - begun:.0f} s", flush=True)
+                    return
+            except httpx.TransportError:
+                pass
+            if time.monotonic() - told > 10:
+                told = time.monotonic()
+                print(f"teacher: still starting, {told - begun:.0f} s", flush=True)
+            time.sleep(0.2)
+    tail = log.read_text(errors="replace").strip().splitlines()[-5:]
+    raise TeacherUnavailable(f"the launched teacher did not become ready; the end of {log}:\n  " + "\n  ".join(tail))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _quiet() -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}
+
+
+def _print_times(run: Run, wall: float) -> None:
+    rows = [(folder, manifest.seconds) for folder in ("dataset", *STAGES.values()) if (manifest := run.manifest(folder))]
+    print("\ntime by stage (s):  " + "  ".join(f"{folder} {seconds:.0f}" for folder, seconds in rows) + f"  | this command {wall:.0f}")

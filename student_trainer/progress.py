@@ -1,0 +1,85 @@
+"""How far a run is, read off its files alone: nothing is opened for writing and nothing locked."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from shared.artifacts import read_json
+from shared.contracts import FileRef, Manifest
+from shared.errors import DataError
+
+STAGES = (
+    "dataset",
+    "responses/teacher",
+    "responses/student-r0",
+    "triplets/r0",
+    "checkpoints",
+    "model",
+    "evaluation",
+)
+
+
+def report(run: Path) -> str:
+    """A table of the stages and what is served. Raises DataError for a folder that is no run, and for a damaged manifest."""
+    if not (run / "run.json").is_file():
+        raise DataError(f"{run} is no run directory (it has no run.json); give --out the directory that a stage wrote to")
+    description = read_json(run / "run.json")
+    try:
+        name, created = description["recipe"]["name"], description["created_at"]
+    except (KeyError, TypeError) as exc:
+        raise DataError(f"{run / 'run.json'}: no recipe.name and created_at in it; it is damaged") from exc
+    manifests = {stage: manifest for stage in STAGES if (manifest := _manifest(run / stage / "manifest.json"))}
+    made = {ref for manifest in manifests.values() for ref in manifest.outputs}
+    table = [("stage", "state", "rows", "seconds", "when")]
+    table += [_line(run, stage, manifests.get(stage), made) for stage in STAGES]
+    table.append(_served(run / "registry"))
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = [f"{s:{widths[0]}}  {t:{widths[1]}}  {r:>{widths[2]}}  {u:>{widths[3]}}  {w}".rstrip() for s, t, r, u, w in table]
+    return "\n".join([f"{run}: recipe {name}, begun {created}", "", *lines])
+
+
+def _line(run: Path, stage: str, manifest: Manifest | None, made: set[FileRef]) -> tuple[str, str, str, str, str]:
+    folder = run / stage
+    rows = _rows(folder)
+    if manifest is None:
+        begun = folder.is_dir() and any(folder.iterdir())
+        return stage, "partial" if begun else "missing", rows, "-", _modified(folder) if begun else "-"
+    state = "done"
+    if any(not (run / ref.path).is_file() or (run / ref.path).stat().st_size != ref.bytes for ref in manifest.outputs):
+        state = "partial"  # a file is gone, or has grown since
+    elif not made.issuperset(manifest.inputs):
+        state = "outdated"  # what it read has been made anew since
+    return stage, state, rows, f"{manifest.seconds:.1f}", manifest.started_at
+
+
+def _served(registry: Path) -> tuple[str, str, str, str, str]:
+    served = (registry / "current.json").is_file()
+    return "registry", "done" if served else "missing", "-", "-", _modified(registry) if served else "-"
+
+
+def _manifest(file: Path) -> Manifest | None:
+    try:
+        return Manifest.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as exc:
+        raise DataError(f"{file}: not a readable manifest; remove it and run its stage again: {exc}") from exc
+
+
+def _rows(folder: Path) -> str:
+    """Whole lines of the JSON Lines files of a stage; '-' where it has none."""
+    files = sorted(folder.glob("*.jsonl"))
+    count = 0
+    for file in files:
+        with file.open("rb") as lines:
+            count += sum(line.endswith(b"\n") for line in lines)
+    return str(count) if files else "-"
+
+
+def _modified(folder: Path) -> str:
+    """When anything in a folder last changed: UTC, ISO 8601."""
+    newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    return datetime.fromtimestamp(newest, UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,20 @@
+"""`distill train`: the student learns from the triplets."""
+
+from __future__ import annotations
+
+from shared.commands import open_run, stage_parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the stage. Returns 0. Raises DistillError."""
+    parser = stage_parser("train", "Train the student on the triplets with ORPO; a killed run goes on from its last checkpoint.")
+    arguments = parser.parse_args(argv)
+    run = open_run(arguments)
+    stage = run.stage("checkpoints", inputs=["triplets/r0"])
+    if stage.complete:
+        print("train: complete, nothing to do")
+        return 0
+    from student_trainer.training.stage import train  # torch: seconds, and only when there is something to train
+
+    train(run, stage)
+    return 0

@@ -1,0 +1,214 @@
+"""The student as the trainer sees it: packed rows in, log-probabilities of the responses' tokens out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from shared.errors import TrainingError
+from shared.settings import TrainSettings
+from student_trainer.training.losses import token_logps
+from student_trainer.training.packing import Collator, Kind, Packed, visible
+
+RELATIVE_POSITION_MODELS = ("t5", "mt5", "umt5")
+"""Encoder-decoders whose decoder knows only distances between tokens, so that responses can stand beside each other."""
+LARGEST_ERROR = 1e-2
+"""In nats a token: how far packed float32 log-probabilities may be from unpacked ones. Wrong masks are off by whole nats."""
+
+
+class Student(nn.Module):
+    """A language model that scores packed batches."""
+
+    def __init__(self, model: Any, kind: Kind, *, bf16: bool = False) -> None:
+        """model: a T5-like or a Llama-like model with its head; bf16: compute in bfloat16 over the weights as they are."""
+        super().__init__()
+        self.model, self.kind, self.bf16 = model, kind, bf16
+        self.adapted: Any = None
+        """The peft model around `model`, if LoRA is trained."""
+
+    @property
+    def device_type(self) -> str:
+        return str(next(self.parameters()).device.type)
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """(tokens,) float32 or float64 log-probabilities of `batch["labels"]`, a batch as `packing.Collator` makes it."""
+        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16):
+            hidden = self._decode(batch) if self.kind == "encoder-decoder" else self._continue(batch)
+            # the head is a tenth of the work at every position it runs on: run it only where a response token is predicted
+            logits = self.model.get_output_embeddings()(hidden[batch["rows"], batch["columns"]])
+        return token_logps(logits, batch["labels"])
+
+    def _continue(self, batch: dict[str, Any]) -> Tensor:
+        """(B, S, hidden) of a decoder-only model."""
+        hidden: Tensor = self.model.get_decoder()(
+            input_ids=batch["input_ids"],
+            attention_mask=visible(batch["segments"]),
+            position_ids=batch["position_ids"],
+            use_cache=False,
+        ).last_hidden_state
+        return hidden
+
+    def _decode(self, batch: dict[str, Any]) -> Tensor:
+        """(B, D, hidden) of an encoder-decoder, as its head expects it."""
+        prompt = self.model.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        hidden: Tensor = self.model.decoder(
+            input_ids=batch["decoder_input_ids"],
+            attention_mask=visible(batch["segments"]),
+            encoder_hidden_states=prompt.last_hidden_state,
+            encoder_attention_mask=batch["attention_mask"],
+            use_cache=False,
+        ).last_hidden_state
+        return hidden * self.model.model_dim**-0.5 if self.model.config.scale_decoder_outputs else hidden
+
+    def merged(self) -> Any:
+        """The Hugging Face model with any LoRA folded in. The student cannot be trained on after this."""
+        return self.model if self.adapted is None else self.adapted.merge_and_unload()
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def load(source: str | Path, settings: TrainSettings, *, bf16: bool) -> tuple[Student, Any]:
+    """Student and tokenizer from a folder or a Hub name: float32 weights, no dropout, frozen or adapted as the settings say.
+
+    Raises TrainingError for a model that cannot be read or is of a kind that cannot be packed.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if config.is_encoder_decoder and config.model_type not in RELATIVE_POSITION_MODELS:
+            raise TrainingError(
+                f"student.model: {source} is an encoder-decoder of type {config.model_type}, whose absolute positions do not allow "
+                f"several responses in one row; use one of {', '.join(RELATIVE_POSITION_MODELS)}, or a decoder-only model"
+            )
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = auto.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
+    except (OSError, ValueError) as exc:
+        raise TrainingError(f"student.model: cannot load {source}: {exc}") from exc
+    student = Student(model, "encoder-decoder" if config.is_encoder_decoder else "decoder-only", bf16=bf16)
+    tell_truth_about_tying(model)
+    turn_dropout_off(model)
+    freeze_lowest(student, settings.frozen_layers)
+    if settings.lora_rank:
+        adapt(student, settings.lora_rank)
+    return student, tokenizer
+
+
+def tell_truth_about_tying(model: Any) -> None:
+    """Set `config.tie_word_embeddings` to whether the head really is the embedding.
+
+    transformers 5 says True for every T5. flan-T5 has a head of its own, which tie_weights() would then silently replace.
+    """
+    model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def turn_dropout_off(model: nn.Module) -> None:
+    """No dropout anywhere: both sides of an odds ratio must be scored by the same network, and a resumed run by the same one.
+
+    Some attention layers (T5's) keep the probability in a plain float attribute beside the nn.Dropout modules.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "dropout_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def blocks(student: Student) -> list[nn.ModuleList]:
+    """The stacks of blocks, lowest first: encoder and decoder, or the one stack of a decoder-only model."""
+    if student.kind == "encoder-decoder":
+        return [student.model.encoder.block, student.model.decoder.block]
+    return [student.model.get_decoder().layers]
+
+
+def freeze_lowest(student: Student, layers: int) -> None:
+    """Do not train the embeddings and the lowest `layers` blocks of each stack; 0 freezes nothing.
+
+    A head tied to the embeddings is frozen with them. Frozen embeddings need no gradient, so autograd keeps nothing of the
+    frozen blocks above them: they cost one forward pass. Raises TrainingError if no block would be left.
+    """
+    if not layers:
+        return
+    for stack in blocks(student):
+        if layers >= len(stack):
+            raise TrainingError(f"train.frozen_layers={layers} leaves nothing to train: the student has {len(stack)} layers")
+        stack[:layers].requires_grad_(False)
+    student.model.get_input_embeddings().requires_grad_(False)
+
+
+def adapt(student: Student, rank: int) -> None:
+    """Train LoRA of this rank (alpha = 2 * rank) on all linear layers above the frozen ones instead of the weights themselves."""
+    from peft import LoraConfig, get_peft_model
+
+    frozen = [m for stack in blocks(student) for block in stack for m in block.modules() if not _trainable(m)]
+    linear = [
+        name
+        for name, module in student.model.named_modules()
+        if isinstance(module, nn.Linear) and module is not student.model.get_output_embeddings() and not any(module is m for m in frozen)
+    ]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=linear)
+    student.adapted = get_peft_model(student.model, config)
+
+
+def _trainable(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the processor computes bfloat16 itself; where it only emulates it, float32 is faster."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+    return False
+
+
+@contextlib.contextmanager
+def _exactly(student: Student) -> Iterator[None]:
+    bf16, student.bf16 = student.bf16, False
+    with torch.no_grad():
+        yield
+    student.bf16 = bf16
+
+
+def refuse_unless_packable(student: Student, collator: Collator, example: Packed) -> None:
+    """Score one example packed and one response at a time. Raises TrainingError if the two differ.
+
+    That is what makes any decoder-only architecture safe: one that ignores 4-D masks or position ids, windows its attention
+    or scales its logits is refused instead of trained wrongly.
+    """
+    batch = _on(collator([example]), student)
+    with _exactly(student):
+        packed = student(batch)
+        device = packed.device
+        prompt = torch.tensor([example.prompt], device=device)
+        expected = []
+        responses = [*example.chosen, *example.rejected][: len(batch["chosen"])]
+        for ids in responses:
+            labels = torch.tensor(ids, device=device)
+            if student.kind == "decoder-only":
+                row = torch.cat([prompt, labels[None, :-1]], dim=1)
+                logits = student.model(input_ids=row, use_cache=False).logits[0, len(example.prompt) - 1 :]
+            else:
+                logits = student.model(input_ids=prompt, labels=labels[None], use_cache=False).logits[0]
+            expected.append(token_logps(logits, labels))
+    error = (packed - torch.cat(expected)).abs().max().item()
+    if not error <= LARGEST_ERROR:
+        raise TrainingError(
+            f"student.model: a {student.model.config.model_type} model scores packed rows differently from single ones (by {error:.3g} "
+            "nats a token), so it cannot be trained this way; use a model of the Llama or T5 family"
+        )
+
+
+def _on(batch: dict[str, Any], student: Student) -> dict[str, Any]:
+    device = next(student.parameters()).device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -1,0 +1,360 @@
+"""`distill harvest` against a real HTTP server: cut short, refused, misled and interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.artifacts import Ledger
+from shared.cli import main
+from shared.contracts import Example, Response
+from shared.errors import HarvestTooThin, RunMismatch, StorageError, TeacherError
+
+SAMPLES = 3
+CONCURRENCY = 4
+
+
+class Teacher:
+    """A scripted OpenAI-compatible server on a thread; `mode` and `delay_s` may be changed while it runs."""
+
+    def __init__(self) -> None:
+        self.mode, self.delay_s = "normal", 0.0
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        teacher = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                teacher.bodies.append(body)
+                teacher.keys.add(self.headers["authorization"])
+                time.sleep(teacher.delay_s)
+                status, kind, answer = teacher.answer(body, self.path)
+                self.send_response(status)
+                self.send_header("content-type", kind)
+                self.send_header("content-length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, format: str, *arguments: Any) -> None: ...
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None: ...  # clients are killed on purpose
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def answer(self, body: dict[str, Any], path: str) -> tuple[int, str, bytes]:
+        if self.mode == "html":
+            return 200, "text/html", b"<html>Welcome to the wrong port</html>"
+        if self.mode in ("400", "401", "404"):
+            return int(self.mode), "application/json", b'{"error": {"message": "no"}}'
+        asked = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+        texts = {
+            "normal": [f"{len(asked)} {asked[-20:]!r} {body['seed'] + i}" for i in range(body["n"])],
+            "empty": [""] * body["n"],
+            "same": ["always the same"] * body["n"],
+            "one": [f"{asked[-20:]!r} {body['seed']}"],
+        }[self.mode]
+        choices: list[dict[str, Any]] = []
+        for index, text in enumerate(texts):
+            said = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+            choices.append({"index": index, "finish_reason": "stop", **said})
+        return 200, "application/json", json.dumps({"choices": choices}).encode()
+
+    @property
+    def asked(self) -> Counter[tuple[str, int]]:
+        """How often each (prompt, seed of a sample) was asked for."""
+        return Counter((b["messages"][-1]["content"], b["seed"] + i) for b in self.bodies for i in range(b["n"]))
+
+
+@pytest.fixture
+def teacher() -> Iterator[Teacher]:
+    teacher = Teacher()
+    thread = threading.Thread(target=teacher.server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield teacher
+    teacher.server.shutdown()
+    teacher.server.server_close()
+    thread.join()
+
+
+def recipe(folder: Path, url: str, prompts: int = 10, more: str = "") -> Path:
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        lines = [{"question": f"My doctor spoke of condition {i}, what is it?", "summary": f"What is condition {i}?"} for i in range(400)]
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = folder / "recipe.yaml"
+    file.write_text(f"""
+name: test
+dataset: {{name: file, path: {rows}, limit: {prompts}, validation_rows: 5, test_rows: 5}}
+teacher: {{url: "{url}", max_attempts: 1, timeout_s: 20}}
+harvest: {{samples: {SAMPLES}, concurrency: {CONCURRENCY}}}
+{more}
+""")
+    return file
+
+
+def harvest(file: Path, out: Path, *more: str) -> int:
+    return main(["harvest", "--recipe", str(file), "--out", str(out), *more])
+
+
+@contextmanager
+def child(file: Path, out: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """`distill harvest` as a process of its own."""
+    command = [sys.executable, "-m", "shared.cli", "harvest", "--recipe", str(file), "--out", str(out), *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ledger_of(out: Path) -> Path:
+    return out / "responses" / "teacher" / "responses.jsonl"
+
+
+def wait_for_lines(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    while not ledger_of(out).exists() or ledger_of(out).read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def lines(out: Path) -> list[tuple[str, str, int, str, str]]:
+    rows = [Response.model_validate_json(line) for line in ledger_of(out).read_text().splitlines()]
+    return sorted((r.key, r.example_id, r.sample, r.status, r.text) for r in rows)
+
+
+def manifest(out: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((out / "responses" / "teacher" / "manifest.json").read_text())
+    return loaded
+
+
+def test_every_training_prompt_is_asked_once_for_all_its_samples_and_the_manifest_tells(tmp_path: Path, teacher: Teacher) -> None:
+    file, out = recipe(tmp_path, teacher.url, prompts=11), tmp_path / "run"
+    assert harvest(file, out) == 0
+    assert len(teacher.bodies) == 11
+    train = [Example.model_validate_json(line) for line in (out / "dataset" / "train.jsonl").read_text().splitlines()]
+    assert sorted({example_id for _, example_id, *_ in lines(out)}) == sorted(e.id for e in train)
+    assert len(lines(out)) == 11 * SAMPLES
+    counts = manifest(out)["counts"]
+    assert (counts["prompts"], counts["answers"], counts["failed"], counts["requests"]) == (11, 11 * SAMPLES, {}, 11)
+    assert counts["distinct_fraction"] == 1.0
+    assert teacher.keys == {None}
+
+
+def test_a_second_harvest_asks_nothing_and_says_so(tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = recipe(tmp_path, teacher.url), tmp_path / "run"
+    harvest(file, out)
+    asked = len(teacher.bodies)
+    assert harvest(file, out) == 0
+    assert len(teacher.bodies) == asked
+    assert "responses/teacher: complete, nothing to do" in capsys.readouterr().out
+
+
+def test_a_complete_harvest_needs_no_teacher_any_more(tmp_path: Path, teacher: Teacher) -> None:
+    file, out = recipe(tmp_path, teacher.url), tmp_path / "run"
+    file.write_text(file.read_text().replace(f'url: "{teacher.url}"', "launch: {engine: scripted}"))
+    assert harvest(file, out) == 2
+    assert harvest(file, out, "--teacher-url", teacher.url) == 0
+    assert harvest(file, out) == 0
+
+
+def test_a_harvest_that_is_killed_ends_with_the_lines_of_one_that_was_not_and_repeats_only_what_was_in_flight(
+    tmp_path: Path, teacher: Teacher
+) -> None:
+    file, whole, cut = recipe(tmp_path, teacher.url, prompts=60), tmp_path / "whole", tmp_path / "cut"
+    assert harvest(file, whole) == 0
+    teacher.bodies.clear()
+    teacher.delay_s = 0.05
+    for at in (20, 90):
+        with child(file, cut) as process:
+            wait_for_lines(cut, at, process)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        assert not (cut / "responses" / "teacher" / "manifest.json").exists()
+    with ledger_of(cut).open("a") as torn:
+        torn.write('{"key": "torn by a cra')
+    time.sleep(0.1)  # requests of the killed process that are still being answered
+    teacher.delay_s = 0.0
+    assert harvest(file, cut) == 0
+    assert lines(cut) == lines(whole)
+    repeated = [pair for pair, count in teacher.asked.items() if count > 1]
+    assert len(repeated) <= 2 * CONCURRENCY * SAMPLES
+    assert harvest(file, cut) == 0
+
+
+def test_a_second_harvest_at_the_same_time_is_refused_and_the_first_goes_on(
+    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = recipe(tmp_path, teacher.url, prompts=40), tmp_path / "run"
+    teacher.delay_s = 0.05
+    with child(file, out) as process:
+        wait_for_lines(out, 5, process)
+        assert harvest(file, out) == StorageError.exit_code
+        assert "wait for it or end it" in capsys.readouterr().err
+        teacher.delay_s = 0.0
+        assert process.wait() == 0
+    assert len(lines(out)) == 40 * SAMPLES
+
+
+def test_an_interrupted_harvest_keeps_its_answers_and_prints_how_to_go_on(tmp_path: Path, teacher: Teacher) -> None:
+    file, out = recipe(tmp_path, teacher.url, prompts=100), tmp_path / "run"
+    teacher.delay_s = 0.05
+    with child(file, out) as process:
+        wait_for_lines(out, 10, process)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+        assert process.returncode == 130
+    assert "everything done so far is kept" in said
+    assert f"distill harvest --recipe {file} --out {out}" in said
+    assert "Traceback" not in said
+    kept = len(lines(out))
+    assert 10 <= kept < 100 * SAMPLES
+    teacher.delay_s = 0.0
+    teacher.bodies.clear()
+    assert harvest(file, out) == 0
+    assert sum(b["n"] for b in teacher.bodies) == 100 * SAMPLES - kept
+
+
+def test_a_teacher_that_refuses_connections_ends_the_harvest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    assert harvest(recipe(tmp_path, url), tmp_path / "run") == TeacherError.exit_code
+    assert url in capsys.readouterr().err
+
+
+def test_a_teacher_that_does_not_answer_in_time_ends_the_harvest(
+    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher.delay_s = 1.0
+    assert harvest(recipe(tmp_path, teacher.url), tmp_path / "run", "--set", "teacher.timeout_s=0.1") == TeacherError.exit_code
+    assert "no answer within 0.1 s" in capsys.readouterr().err
+    teacher.delay_s = 0.0
+    assert harvest(recipe(tmp_path, teacher.url), tmp_path / "run", "--set", "teacher.timeout_s=30") == 0
+
+
+@pytest.mark.parametrize(("mode", "said"), [("html", "not JSON"), ("401", "API key"), ("404", "/v1")])
+def test_a_teacher_that_is_none_or_wants_a_key_is_asked_no_more_than_the_requests_in_flight(
+    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str], mode: str, said: str
+) -> None:
+    teacher.mode = mode
+    file = recipe(tmp_path, teacher.url, prompts=50)
+    assert harvest(file, tmp_path / "run") == TeacherError.exit_code
+    assert said in capsys.readouterr().err
+    assert len(teacher.bodies) <= 2 * CONCURRENCY
+    teacher.mode = "normal"
+    assert harvest(file, tmp_path / "run") == 0
+    assert len(lines(tmp_path / "run")) == 50 * SAMPLES
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("empty", "30 empty"), ("400", "30 RequestRefused")])
+def test_a_teacher_of_which_nothing_usable_comes_fails_with_its_census_and_can_be_asked_again(
+    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str], mode: str, reason: str
+) -> None:
+    file, out = recipe(tmp_path, teacher.url), tmp_path / "run"
+    teacher.mode = mode
+    assert harvest(file, out) == HarvestTooThin.exit_code
+    said = capsys.readouterr().err
+    assert reason in said
+    assert "--retry-failed" in said
+    assert len(lines(out)) == 10 * SAMPLES
+    assert not (out / "responses" / "teacher" / "manifest.json").exists()
+
+    teacher.mode = "normal"
+    asked = len(teacher.bodies)
+    assert harvest(file, out) == HarvestTooThin.exit_code
+    assert len(teacher.bodies) == asked
+    assert harvest(file, out, "--retry-failed") == 0
+    assert manifest(out)["counts"]["failed"] == {}
+
+
+def test_samples_that_are_all_the_same_are_warned_of(tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher.mode = "same"
+    assert harvest(recipe(tmp_path, teacher.url), tmp_path / "run") == 0
+    assert "nearly always the same text" in capsys.readouterr().out
+    assert manifest(tmp_path / "run")["counts"]["distinct_fraction"] == pytest.approx(1 / SAMPLES, abs=1e-4)
+
+
+def test_different_samples_are_not_warned_of(tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]) -> None:
+    harvest(recipe(tmp_path, teacher.url), tmp_path / "run")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_teacher_that_gives_one_choice_a_request_is_asked_until_all_samples_are_there(tmp_path: Path, teacher: Teacher) -> None:
+    teacher.mode = "one"
+    assert harvest(recipe(tmp_path, teacher.url), tmp_path / "run") == 0
+    assert len(lines(tmp_path / "run")) == 10 * SAMPLES
+    assert len(teacher.bodies) == 10 * SAMPLES
+
+
+def test_shots_never_hold_the_row_that_is_asked(tmp_path: Path, teacher: Teacher) -> None:
+    assert harvest(recipe(tmp_path, teacher.url), tmp_path / "run", "--set", "harvest.shots=4") == 0
+    for body in teacher.bodies:
+        *shots, question = [m["content"] for m in body["messages"] if m["role"] == "user"]
+        assert len(shots) == 4
+        assert question not in shots
+        assert body["messages"][1]["role"] == "assistant"
+
+
+def test_the_completions_protocol_is_asked_with_plain_text_and_the_key_is_sent(tmp_path: Path, teacher: Teacher) -> None:
+    (tmp_path / "key").write_text("open-sesame\n")
+    settings = ("--set", "teacher.protocol=completions", "--set", f"teacher.api_key_file={tmp_path / 'key'}")
+    assert harvest(recipe(tmp_path, teacher.url), tmp_path / "run", *settings) == 0
+    assert all(isinstance(body["prompt"], str) and "messages" not in body for body in teacher.bodies)
+    assert teacher.keys == {"Bearer open-sesame"}
+    assert not any("sesame" in f.read_text() for f in (tmp_path / "run").rglob("*") if f.is_file())
+
+
+def test_another_teacher_cannot_slip_into_a_run(tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = recipe(tmp_path, teacher.url), tmp_path / "run"
+    assert harvest(file, out, "--teacher-url", "http://127.0.0.1:9/v1") == 2
+    assert "give --set teacher.url=" in capsys.readouterr().err
+    assert harvest(file, out, "--set", "teacher.url=http://127.0.0.1:9/v1") == RunMismatch.exit_code
+    assert "teacher.url" in capsys.readouterr().err
+    assert teacher.bodies == []
+
+
+def test_a_full_disk_ends_the_harvest_with_whole_lines_kept(tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = recipe(tmp_path, teacher.url), tmp_path / "run"
+    assert harvest(file, out) == 0
+    whole = lines(out)
+    rows = ledger_of(out).read_bytes().splitlines(keepends=True)
+    ledger_of(out).write_bytes(b"".join(rows[:3]))
+    room = ledger_of(out).stat().st_size + len(rows[3]) * 3 // 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        assert harvest(file, out) == StorageError.exit_code
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "responses.jsonl" in capsys.readouterr().err
+    assert ledger_of(out).read_bytes().endswith(b"\n")
+    with Ledger(ledger_of(out), Response) as ledger:
+        assert len(ledger.rows()) >= 4
+        assert ledger.repaired_bytes == 0
+    assert harvest(file, out) == 0
+    assert lines(out) == whole

@@ -1,0 +1,199 @@
+"""The whole pipeline as a user runs it: real processes, real HTTP, a random student, a scripted teacher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
+STAGES = ["dataset", "responses/teacher", "responses/student-r0", "triplets/r0", "checkpoints", "model", "evaluation"]
+SYSTEMS = {
+    "student-zero-shot",
+    "student-few-shot",
+    "teacher-zero-shot",
+    "teacher-few-shot",
+    "distilled",
+    "constant",
+    "first-question",
+    "first-sentence",
+    "subject-template",
+}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "shared.cli", *arguments]
+
+
+def run_smoke(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command("run", "--recipe", str(RECIPE), "--out", str(out), "--no-serve", *more),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"the process ended first, with {process.returncode}"
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "smoke"
+    done = run_smoke(out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    return out
+
+
+def test_one_command_ends_with_a_promoted_student_and_a_manifest_for_every_stage(finished: Path) -> None:
+    for stage in STAGES:
+        manifest = json.loads((finished / stage / "manifest.json").read_text())
+        assert manifest["outputs"], stage
+    assert json.loads((finished / "registry" / "current.json").read_text())["name"] == "smoke"
+
+
+def test_the_report_scores_every_system_between_0_and_1(finished: Path) -> None:
+    systems = json.loads((finished / "evaluation" / "report.json").read_text())["systems"]
+    assert set(systems) >= SYSTEMS
+    for name in SYSTEMS:
+        for metric in ("rouge1", "rouge2", "rougeL", "bleu"):
+            assert 0 <= systems[name][metric] <= 1, (name, metric)
+    assert systems["teacher-zero-shot"]["rougeL"] > systems["student-zero-shot"]["rougeL"]
+    assert "<table" in (finished / "evaluation" / "report.html").read_text()
+
+
+def test_a_second_run_does_nothing_again_and_says_so(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and ".locks" not in p.parts}
+    done = run_smoke(finished)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("complete, nothing to do") == 6
+    after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and ".locks" not in p.parts}
+    assert after == before
+
+
+def test_a_run_directory_refuses_other_settings_and_shows_the_difference(finished: Path) -> None:
+    done = run_smoke(finished, "--set", "train.epochs=7")
+    assert done.returncode == 6
+    assert "train.epochs" in done.stderr
+    assert "7" in done.stderr
+
+
+def test_a_run_killed_in_harvest_and_in_training_finishes_with_the_same_triplets(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    arguments = command("run", "--recipe", str(RECIPE), "--out", str(out), "--no-serve")
+    ledger = out / "responses" / "teacher" / "responses.jsonl"
+
+    process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL)
+    wait_for(lambda: ledger.exists() and ledger.read_bytes().count(b"\n") >= 12, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "responses" / "teacher" / "manifest.json").exists(), "killed too late to show anything"
+    kept = ledger.read_bytes().count(b"\n")
+
+    process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL)
+    wait_for(lambda: any((out / "checkpoints").glob("checkpoint-*")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "checkpoints" / "manifest.json").exists(), "killed too late to show anything"
+    assert ledger.read_bytes().count(b"\n") > kept
+
+    done = run_smoke(out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    keys = [json.loads(line)["key"] for line in ledger.read_text().splitlines()]
+    assert len(keys) == len(set(keys)) == 48 * 4
+    for name in ("triplets/r0/triplets.jsonl",):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.fixture
+def student(finished: Path) -> Iterator[str]:
+    port = free_port()
+    process = subprocess.Popen(command("serve", "--registry", str(finished / "registry"), "--port", str(port)))
+    base = f"http://127.0.0.1:{port}"
+    wait_for(lambda: _answers(base), process, 60)
+    yield base
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+@pytest.fixture
+def teacher() -> Iterator[str]:
+    port = free_port()
+    process = subprocess.Popen(command("teacher", "--engine", "scripted", "--port", str(port)))
+    base = f"http://127.0.0.1:{port}"
+    wait_for(lambda: _answers(base), process, 60)
+    yield base
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+def _answers(base: str) -> bool:
+    try:
+        return httpx.get(f"{base}/readyz", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_the_openai_client_speaks_to_teacher_and_student_alike(teacher: str, student: str) -> None:
+    for base in (teacher, student):
+        client = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
+        model = client.models.list().data[0].id
+        messages = [{"role": "user", "content": "I have had a headache for three days. What can I take?"}]
+        answer = client.chat.completions.create(model=model, messages=messages, max_tokens=16, n=2)  # type: ignore[call-overload]
+        assert len(answer.choices) == 2
+        assert isinstance(answer.choices[0].message.content, str)
+        assert answer.choices[0].logprobs is None
+
+
+def test_the_student_summarises_a_question_by_its_own_route(student: str) -> None:
+    answer = httpx.post(
+        f"{student}/v1/generate", json={"question": "I have had a headache for three days. What can I take?"}, trust_env=False
+    )
+    assert answer.status_code == 200, answer.text
+    assert "version" in answer.json()
+
+
+def test_a_refused_promotion_ends_with_exit_code_3_and_serves_nothing(tmp_path: Path) -> None:
+    # one step at a rate that moves nothing: the student stays what it was
+    out = tmp_path / "refused"
+    done = run_smoke(out, "--set", "train.max_steps=1", "--set", "train.learning_rate=1e-12")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "rougeL" in done.stderr
+    assert not (out / "registry" / "current.json").exists()
+
+
+def test_ctrl_c_ends_the_stage_and_the_pipeline_with_130_and_the_command_to_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        command("run", "--recipe", str(RECIPE), "--out", str(out), "--no-serve"), start_new_session=True, stderr=subprocess.PIPE
+    )
+    wait_for(lambda: any((out / "checkpoints").glob("checkpoint-*")), process)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal sends
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said.decode()
+    assert b"distill run --recipe" in said
+    assert (out / "triplets" / "r0" / "manifest.json").exists()
+    assert any((out / "checkpoints").glob("checkpoint-*"))

@@ -1,0 +1,290 @@
+"""The local engine: exact against transformers, cut at stop texts, the same for the same seed, batched for many askers."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_servable import WORDS, servable_llama, servable_t5
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from shared.contracts import Completion, GenerationRequest, Message, Sampling
+from shared.engines.convert import convert
+from shared.engines.local import LocalEngine, LocalModel
+from shared.errors import EngineError, RequestRefused, TeacherUnavailable
+
+PROMPTS = [
+    " ".join(WORDS[start : start + length]) for start, length in [(0, 3), (9, 5), (20, 1), (30, 12), (2, 40), (50, 5), (7, 7), (40, 9)]
+]
+KINDS = ["decoder-only", "encoder-decoder"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Hugging Face folder and float32 serving folder of each kind."""
+    root = tmp_path_factory.mktemp("models")
+    made = {"decoder-only": servable_llama(root / "llama"), "encoder-decoder": servable_t5(root / "t5")}
+    return {kind: (hf, convert(str(hf), root / f"{hf.name}-serving", name="tiny", quantization="float32")) for kind, hf in made.items()}
+
+
+@pytest.fixture(scope="module")
+def loaded(folders: dict[str, tuple[Path, Path]]) -> dict[str, LocalModel]:
+    return {kind: LocalModel(serving, threads=1) for kind, (_, serving) in folders.items()}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model(loaded: dict[str, LocalModel], kind: str) -> LocalModel:
+    return loaded[kind]
+
+
+def asks(n: int = 1, **sampling: Any) -> list[GenerationRequest]:
+    return [GenerationRequest(prompt=p, n=n, sampling=Sampling(**{"max_tokens": 12, **sampling})) for p in PROMPTS]
+
+
+def test_greedy_text_is_that_of_transformers(folders: dict[str, tuple[Path, Path]], model: LocalModel, kind: str) -> None:
+    auto = AutoModelForCausalLM if kind == "decoder-only" else AutoModelForSeq2SeqLM
+    reference, tokenizer = auto.from_pretrained(folders[kind][0]).eval(), AutoTokenizer.from_pretrained(folders[kind][0])
+    expected = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            ids = reference.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
+        expected.append(tokenizer.decode(ids[inputs["input_ids"].shape[1] :] if kind == "decoder-only" else ids, skip_special_tokens=True))
+    assert len(set(expected)) > 3  # else equal texts would prove little
+    assert [completions[0].text for completions in model.generate(asks())] == expected
+
+
+def test_a_chat_is_rendered_by_the_template_of_the_model(loaded: dict[str, LocalModel]) -> None:
+    chat = GenerationRequest(messages=(Message(role="user", content="word5 word6"),), sampling=Sampling(max_tokens=8))
+    plain = GenerationRequest(prompt="user word5 word6 word0", sampling=Sampling(max_tokens=8))
+    model = loaded["decoder-only"]
+    assert model.generate([chat]) == model.generate([plain])
+
+
+def test_answers_stand_in_the_order_of_their_requests_whatever_shares_a_batch(model: LocalModel) -> None:
+    mixed = [r for pair in zip(asks(), asks(max_tokens=5), strict=True) for r in pair]
+    assert model.generate(mixed) == [model.generate([r])[0] for r in mixed]
+
+
+def test_the_same_seed_draws_the_same_samples_and_another_seed_others(model: LocalModel) -> None:
+    requests = asks(n=6, temperature=1.0, top_p=0.95)
+    first = model.generate(requests, seed=3)
+    model.generate(requests)
+    assert model.generate(requests, seed=3) == first
+    assert model.generate(requests, seed=4) != first
+    assert all(len(completions) == 6 for completions in first)
+    assert all(len({c.text for c in completions}) > 1 for completions in first)
+
+
+def test_greedy_samples_of_one_prompt_are_all_the_same(model: LocalModel) -> None:
+    for completions in model.generate(asks(n=3)):
+        assert completions == [completions[0]] * 3
+
+
+def test_text_ends_exactly_before_the_first_stop_text(model: LocalModel) -> None:
+    requests = asks(max_tokens=40)
+    whole = [completions[0] for completions in model.generate(requests)]
+    cut = [completions[0] for completions in model.generate(asks(max_tokens=40, stop=("\n",)))]
+    assert sum("\n" in c.text for c in whole) >= 3
+    assert [c.text for c in cut] == [c.text.partition("\n")[0] for c in whole]
+    assert all(c.finish_reason == "stop" for c, w in zip(cut, whole, strict=True) if "\n" in w.text)
+
+
+def test_a_stop_text_over_several_tokens_is_cut_out_as_well(model: LocalModel) -> None:
+    whole = model.generate(asks())[0][0].text
+    words = whole.split(" ")
+    stop = f"{words[2]} {words[3]}"
+    assert model.generate(asks(stop=(stop,)))[0][0] == Completion(text=whole[: whole.index(stop)], finish_reason="stop")
+
+
+def test_finish_reason_is_length_only_when_all_tokens_were_spent(model: LocalModel) -> None:
+    completions = [c for row in model.generate(asks(n=30, temperature=2.0), seed=1) for c in row]
+    lengths = {reason: {len(c.text.split(" ")) for c in completions if c.finish_reason == reason} for reason in ("stop", "length")}
+    assert max(lengths["length"]) == 12
+    assert max(lengths["stop"]) <= 11
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_any_work_and_without_token_counts(model: LocalModel) -> None:
+    long = GenerationRequest(prompt="word1 " * 600)
+    assert not model.fits(long)
+    assert model.fits(asks()[0])
+    with pytest.raises(RequestRefused, match="3600 characters"):
+        model.generate([*asks(), long])
+
+
+def test_an_answer_must_fit_behind_its_prompt_in_a_decoder_only_model(loaded: dict[str, LocalModel]) -> None:
+    assert loaded["decoder-only"].fits(GenerationRequest(prompt="word1 " * 100, sampling=Sampling(max_tokens=28)))
+    assert not loaded["decoder-only"].fits(GenerationRequest(prompt="word1 " * 100, sampling=Sampling(max_tokens=29)))
+
+
+@pytest.mark.parametrize("missing", ["serving.json", "tokenizer.json", "model.bin"])
+def test_an_incomplete_folder_is_refused_with_a_remedy(folders: dict[str, tuple[Path, Path]], tmp_path: Path, missing: str) -> None:
+    broken = Path(shutil.copytree(folders["decoder-only"][1], tmp_path / "broken"))
+    (broken / missing).unlink()
+    with pytest.raises(EngineError, match="export"):
+        LocalModel(broken)
+
+
+@pytest.mark.parametrize("corrupt", ["serving.json", "tokenizer.json", "model.bin"])
+def test_a_corrupt_folder_is_refused_with_a_remedy(folders: dict[str, tuple[Path, Path]], tmp_path: Path, corrupt: str) -> None:
+    broken = Path(shutil.copytree(folders["decoder-only"][1], tmp_path / "broken"))
+    (broken / corrupt).write_bytes((broken / corrupt).read_bytes()[:200])
+    with pytest.raises(EngineError, match="export the model again"):
+        LocalModel(broken)
+
+
+class SlowModel:
+    """Stands for a LocalModel: answers with the prompt, `open` lets a batch go, keeps the size of every batch."""
+
+    def __init__(self) -> None:
+        self.open, self.batches, self.fails = threading.Semaphore(0), [], False
+
+    def encode(self, request: GenerationRequest) -> Any:
+        if request.prompt == "too long":
+            raise RequestRefused("too long")
+        from shared.engines.local import _Prompt
+
+        return _Prompt([request.prompt or ""], request.n, request.sampling)
+
+    def complete(self, prompts: list[Any]) -> list[list[Completion]]:
+        self.open.acquire()
+        self.batches.append(sorted(p.tokens[0] for p in prompts))
+        if self.fails:
+            raise EngineError("broken")
+        return [[Completion(text=p.tokens[0], finish_reason="stop")] * p.n for p in prompts]
+
+
+def ask(text: str, **values: Any) -> GenerationRequest:
+    return GenerationRequest(prompt=text, sampling=Sampling(**values))
+
+
+def scenario(steps: Any, **options: Any) -> SlowModel:
+    """Run `steps(engine, model)` on an engine over a slow model."""
+
+    async def run() -> SlowModel:
+        model = SlowModel()
+        engine = LocalEngine(model, **options)  # type: ignore[arg-type]
+        try:
+            await asyncio.wait_for(steps(engine, model), 20)
+        finally:
+            for _ in range(100):
+                model.open.release()
+            await engine.aclose()
+        return model
+
+    return asyncio.run(run())
+
+
+async def started(engine: LocalEngine, *requests: GenerationRequest) -> list[asyncio.Task[list[Completion]]]:
+    tasks = [asyncio.create_task(engine.generate(r)) for r in requests]
+    await asyncio.sleep(0.02)  # all are in the queue, the first with the model
+    return tasks
+
+
+def test_requests_that_arrive_while_a_batch_is_decoded_share_the_next_one() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        first = await started(engine, ask("a"))
+        rest = await started(engine, ask("b"), ask("c"), ask("d", temperature=1.0), ask("e"))
+        for _ in range(3):
+            model.open.release()
+        answers = await asyncio.gather(*first, *rest)
+        assert [a[0].text for a in answers] == ["a", "b", "c", "d", "e"]
+
+    assert scenario(steps).batches == [["a"], ["b", "c", "e"], ["d"]]
+
+
+def test_a_batch_holds_no_more_completions_than_allowed() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        first = await started(engine, ask("a"))
+        rest = await started(engine, *[ask(c) for c in "bcdef"])
+        for _ in range(4):
+            model.open.release()
+        await asyncio.gather(*first, *rest)
+
+    assert scenario(steps, max_batch=2).batches == [["a"], ["b", "c"], ["d", "e"], ["f"]]
+
+
+def test_a_request_whose_asker_has_gone_is_not_decoded() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        first = await started(engine, ask("a"))
+        gone, stays = await started(engine, ask("b"), ask("c"))
+        gone.cancel()
+        model.open.release()
+        model.open.release()
+        await asyncio.gather(*first, stays)
+
+    assert scenario(steps).batches == [["a"], ["c"]]
+
+
+def test_a_full_queue_asks_to_come_again() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        tasks = await started(engine, ask("a"))
+        tasks += await started(engine, ask("b"), ask("c"))
+        with pytest.raises(TeacherUnavailable, match="try again") as refused:
+            await engine.generate(ask("d"))
+        assert refused.value.retry_after_s == 1.0
+        for task in tasks:
+            task.cancel()
+
+    scenario(steps, max_waiting=2)
+
+
+def test_a_failed_batch_fails_its_askers_and_no_one_else() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        model.fails = True
+        (first,) = await started(engine, ask("a"))
+        model.open.release()
+        with pytest.raises(EngineError, match="broken"):
+            await first
+        model.fails = False
+        model.open.release()
+        assert (await engine.generate(ask("b")))[0].text == "b"
+
+    scenario(steps)
+
+
+def test_a_refused_request_does_not_reach_the_batch_of_others() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        with pytest.raises(RequestRefused):
+            await engine.generate(ask("too long"))
+
+    assert scenario(steps).batches == []
+
+
+def test_closing_finishes_the_batch_at_work_and_refuses_those_that_wait() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        (at_work,) = await started(engine, ask("a"))
+        (waiting,) = await started(engine, ask("b"))
+        model.open.release()
+        await engine.aclose()
+        assert (await at_work)[0].text == "a"
+        with pytest.raises(TeacherUnavailable, match="shutting down"):
+            await waiting
+        with pytest.raises(TeacherUnavailable):
+            await engine.check()
+
+    assert scenario(steps).batches == [["a"]]
+
+
+def test_many_tasks_are_answered_by_a_real_model_each_with_its_own_text(loaded: dict[str, LocalModel]) -> None:
+    model = loaded["decoder-only"]
+    expected = [c[0].text for c in model.generate(asks())]
+
+    async def run() -> list[str]:
+        engine = LocalEngine(model)
+        try:
+            return [c[0].text for c in await asyncio.gather(*(engine.generate(r) for r in asks() * 4))]
+        finally:
+            await engine.aclose()
+
+    assert asyncio.run(run()) == expected * 4

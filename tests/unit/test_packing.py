@@ -1,0 +1,251 @@
+"""Packed rows: layout, masks, census, and that they score exactly as single rows do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from shared.contracts import Triplet
+from shared.errors import TrainingError
+from student_trainer.training.losses import score
+from student_trainer.training.packing import Collator, Packed, Packer, cells, group, visible
+from student_trainer.training.student import Student, refuse_unless_packable, tell_truth_about_tying, turn_dropout_off
+
+KINDS = ["decoder-only", "encoder-decoder"]
+
+
+def triplet(example_id="a", prompt="w1 w2", chosen="w3 w4", rejected="w5", **other):
+    scores = {"chosen_source": "teacher", "rejected_source": "student", "chosen_score": 1.0, "rejected_score": 0.0}
+    return Triplet(example_id=example_id, prompt=prompt, chosen=chosen, rejected=rejected, **scores, **other)
+
+
+def packer(kind="decoder-only", **limits):
+    tokenizer = tiny_models.tokenizer(appends_eos=kind == "encoder-decoder", chat=kind == "decoder-only")
+    return Packer(tokenizer, kind, **{"max_prompt_tokens": 64, "max_response_tokens": 16, **limits})
+
+
+def collator(kind, **options):
+    return Collator(kind, pad_token_id=tiny_models.PAD, start_token_id=tiny_models.PAD, **options)
+
+
+def student(kind, **options):
+    model = (tiny_models.tiny_llama(**options) if kind == "decoder-only" else tiny_models.tiny_t5(**options)).double()
+    turn_dropout_off(model)
+    return Student(model, kind)
+
+
+def examples(count, rejected=1, seed=0, chosen=1):
+    draw = np.random.default_rng(seed)
+
+    def ids(low, high):
+        return tuple(draw.integers(4, tiny_models.VOCABULARY, draw.integers(low, high)).tolist())
+
+    pairs = tuple((c, r) for c in range(chosen) for r in range(rejected))
+    return [
+        Packed(f"e{i}", ids(4, 12), tuple(ids(1, 7) for _ in range(chosen)), tuple(ids(1, 7) for _ in range(rejected)), pairs)
+        for i in range(count)
+    ]
+
+
+def loss_of(student, batch, orpo_lambda=0.1):
+    scores = score(student(batch), batch["response"], batch["chosen"], batch["pairs"])
+    tokens = int(batch["chosen"][batch["response"]].sum())
+    return scores.loss(orpo_lambda, chosen_tokens=tokens, pairs=len(batch["pairs"]))
+
+
+def gradients(student, loss):
+    student.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+def logits_of(student, prompt, response):
+    """(tokens, vocabulary) of one response alone, through the model's own forward: no packing, no gathering."""
+    if student.kind == "decoder-only":
+        return student.model(input_ids=torch.tensor([[*prompt, *response[:-1]]])).logits[0, len(prompt) - 1 :]
+    return student.model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[tiny_models.PAD, *response[:-1]]])).logits[0]
+
+
+def numpy_logps(student, prompt, response):
+    """(tokens,) float64: log-softmax written out."""
+    with torch.no_grad():
+        logits = logits_of(student, prompt, response).double().numpy()
+    logits = logits - logits.max(-1, keepdims=True)
+    return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(response)), response]
+
+
+def numpy_loss(student, rows, orpo_lambda=0.1):
+    """The paper's loss, one response at a time."""
+    nll, tokens, ratios = 0.0, 0, []
+    for row in rows:
+        chosen = [numpy_logps(student, row.prompt, ids) for ids in row.chosen]
+        rejected = [numpy_logps(student, row.prompt, ids) for ids in row.rejected]
+        nll -= sum(c.sum() for c in chosen)
+        tokens += sum(map(len, chosen))
+        for c, r in row.pairs:
+            odds = [m - np.log(1 - np.exp(m)) for m in (chosen[c].mean(), rejected[r].mean())]
+            ratios.append(np.log(1 + np.exp(odds[1] - odds[0])))
+    return nll / tokens + orpo_lambda * np.mean(ratios)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rejected", "chosen"), [(1, 1), (3, 1), (2, 2)])
+def test_packed_loss_equals_numpy_one_response_at_a_time(kind, rejected, chosen):
+    model, rows = student(kind), examples(5, rejected, chosen=chosen)
+    assert loss_of(model, collator(kind)(rows)).item() == pytest.approx(numpy_loss(model, rows), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_gradients_equal_unpacked_gradients(kind):
+    model, rows = student(kind), examples(4, 3)
+    packed = gradients(model, loss_of(model, collator(kind)(rows)))
+    logps, response, chosen, pairs = [], [], [], []
+    for row in rows:
+        first = len(chosen)
+        for ids in (*row.chosen, *row.rejected):
+            logits = logits_of(model, row.prompt, ids)
+            logps.append(torch.log_softmax(logits, -1)[range(len(ids)), ids])
+            response += [len(chosen)] * len(ids)
+            chosen.append(len(chosen) == first)
+        pairs += [(first, first + 1 + r) for _, r in row.pairs]
+    chosen_tensor = torch.tensor(chosen)
+    scores = score(torch.cat(logps), torch.tensor(response), chosen_tensor, torch.tensor(pairs))
+    tokens = int(chosen_tensor[torch.tensor(response)].sum())
+    unpacked = gradients(model, scores.loss(0.1, chosen_tokens=tokens, pairs=len(pairs)))
+    assert packed.keys() == unpacked.keys()
+    for name, gradient in packed.items():
+        assert torch.allclose(gradient, unpacked[name], atol=1e-6, rtol=1e-4), name  # norms round to float32 inside
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neighbours_in_a_batch_change_nothing_though_they_bring_padding(kind):
+    model, rows = student(kind), examples(6, 2)
+    together = model(collator(kind)(rows))
+    alone = torch.cat([model(collator(kind)([row])) for row in rows])
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lambda_zero_lays_out_only_the_chosen_responses_and_gives_their_nll(kind):
+    model, rows = student(kind), examples(4, 3)
+    batch = collator(kind, with_rejected=False)(rows)
+    assert batch["chosen"].all()
+    assert len(batch["labels"]) == sum(len(ids) for row in rows for ids in row.chosen)
+    assert loss_of(model, batch, 0.0).item() == pytest.approx(numpy_loss(model, rows, 0.0), abs=1e-5)
+
+
+def test_the_first_token_of_every_branch_is_predicted_at_the_end_of_the_prompt():
+    batch = collator("decoder-only")([Packed("a", (10, 11, 12), ((20, 21),), ((30, 31, 32), (40,)), ((0, 0), (0, 1)))])
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 20, 30, 31]]  # no branch needs its last token as input
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 3, 4]]
+    assert batch["segments"].tolist() == [[0, 0, 0, 1, 2, 2]]
+    assert batch["labels"].tolist() == [20, 21, 30, 31, 32, 40]
+    assert batch["columns"].tolist() == [2, 3, 2, 4, 5, 2]
+
+
+def test_encoder_decoder_responses_start_with_the_start_token_each():
+    batch = collator("encoder-decoder")([Packed("a", (10, 11), ((20, 21),), ((30,),), ((0, 0),))])
+    assert batch["decoder_input_ids"].tolist() == [[0, 20, 0]]
+    assert batch["labels"].tolist() == [20, 21, 30]
+    assert batch["segments"].tolist() == [[1, 1, 2]]
+
+
+def test_a_branch_sees_the_prompt_and_itself_but_no_other_branch_and_nothing_ahead():
+    seen = visible(torch.tensor([[0, 0, 1, 2, 2, -1]]))[0, 0].int().tolist()
+    assert seen[:5] == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0]]
+    assert any(seen[5])  # a softmax over nothing would be NaN
+
+
+def test_cells_counts_tokens_and_padding():
+    rows = [Packed("a", (10, 11, 12), ((20,),), ((30,),), ((0, 0),)), Packed("b", (10,), ((20,),), ((30,),), ((0, 0),))]
+    assert cells(collator("decoder-only")(rows)) == (4, 6)
+    assert cells(collator("encoder-decoder")(rows)) == (8, 10)
+
+
+def test_an_architecture_that_ignores_the_mask_is_refused():
+    class Leaky(Student):
+        def _continue(self, batch):
+            return self.model.get_decoder()(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).last_hidden_state
+
+    rows = examples(1, 2)
+    refuse_unless_packable(student("decoder-only"), collator("decoder-only"), rows[0])
+    with pytest.raises(TrainingError, match="student.model: a llama model scores packed rows differently"):
+        refuse_unless_packable(Leaky(student("decoder-only").model, "decoder-only"), collator("decoder-only"), rows[0])
+
+
+def test_tie_weights_leaves_a_t5_head_of_its_own_alone(tmp_path):
+    model = tiny_models.tiny_t5().eval()
+    model.config.tie_word_embeddings = True  # what transformers 5 says of every T5
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(input_ids=ids, labels=ids).logits
+    tell_truth_about_tying(model)
+    model.tie_weights()
+    assert torch.equal(before, model(input_ids=ids, labels=ids).logits)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.allclose(before, again(input_ids=ids, labels=ids).logits, atol=1e-5)
+
+
+def test_two_passes_in_training_mode_agree_once_dropout_is_off():
+    model = student("encoder-decoder", dropout=0.5).train()
+    batch = collator("encoder-decoder")(examples(3))
+    assert torch.equal(model(batch), model(batch))
+    loud = Student(tiny_models.tiny_t5(dropout=0.5).train(), "encoder-decoder")
+    assert not torch.equal(loud(batch), loud(batch))  # the test can fail
+
+
+def test_triplets_of_one_example_share_a_row_with_each_text_once():
+    grouped = group([triplet(rejected="w5"), triplet(rejected="w6"), triplet("b"), triplet(rejected="w5", chosen="w7")])
+    assert [g.example_id for g in grouped] == ["a", "b"]
+    assert grouped[0].chosen == ("w3 w4", "w7")
+    assert grouped[0].rejected == ("w5", "w6")
+    assert grouped[0].pairs == ((0, 0), (0, 1), (1, 0))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "empty: nothing to train on"),
+        ([triplet("a"), triplet("b", rejected="w3 w4")], "chosen equals rejected.* in b;"),
+        ([triplet(), triplet(prompt="w9")], "different prompts: a;"),
+    ],
+)
+def test_triplets_that_cannot_be_trained_on_are_refused_by_name(rows, message):
+    with pytest.raises(TrainingError, match=message):
+        group(rows)
+
+
+def test_a_chat_prompt_is_rendered_by_the_template_and_a_t5_prompt_ends_with_eos():
+    chat, _ = packer("decoder-only").pack(group([triplet()]))
+    assert chat[0].prompt == (tiny_models.BOS, 5, 6, tiny_models.EOS, tiny_models.BOS)
+    plain, _ = packer("encoder-decoder").pack(group([triplet()]))
+    assert plain[0].prompt == (5, 6, tiny_models.EOS)
+
+
+def test_only_responses_that_were_not_cut_end_with_eos():
+    rows, census = packer(max_response_tokens=3).pack(group([triplet(chosen="w1 w2", rejected="w1 w2 w3 w4")]))
+    assert rows[0].chosen == ((5, 6, tiny_models.EOS),)
+    assert rows[0].rejected == ((5, 6, 7),)
+    assert census.cut_responses == 1
+
+
+def test_the_census_accounts_for_every_triplet():
+    given = [triplet("a"), triplet("long", prompt=" ".join(["w1"] * 70)), triplet("b", chosen="w1 w2 w3", rejected="w1 w2 w4")]
+    rows, census = packer(max_response_tokens=2).pack(group(given))
+    assert census.dropped == {"prompt_too_long": 1, "equal_after_cut": 1}
+    assert census.pairs + sum(census.dropped.values()) == census.triplets == len(given)
+    assert [r.example_id for r in rows] == ["a"]
+
+
+def test_when_every_prompt_is_too_long_the_setting_is_named():
+    with pytest.raises(TrainingError, match="train.max_prompt_tokens=8"):
+        packer(max_prompt_tokens=8).pack(group([triplet(prompt=" ".join(["w1"] * 20))]))
+
+
+def test_a_tokenizer_without_end_of_sequence_is_refused():
+    tokenizer = tiny_models.tokenizer(appends_eos=False)
+    tokenizer.eos_token = None
+    with pytest.raises(TrainingError, match="no end-of-sequence token"):
+        Packer(tokenizer, "decoder-only", max_prompt_tokens=8, max_response_tokens=8)

@@ -1,0 +1,147 @@
+"""Promotion: only what is provably better, and exactly what was evaluated."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from evaluated import export, exported_run
+
+from evaluator import rollback
+from evaluator.promote import in_numbers, main, promote, refusal
+from evaluator.significance import Comparison
+from evaluator.systems import SYSTEMS
+from shared import registry as store
+from shared.artifacts import write_jsonl
+from shared.contracts import Prediction
+from shared.datasets.stage import prepare
+from shared.errors import DataError, PromotionRefused, SettingsError, StageOrder
+from shared.settings import PromoteSettings
+
+RULE = PromoteSettings(margin=0.01)
+
+
+def comparison(**changes):
+    values = {"gain": 0.10, "low": 0.04, "high": 0.16, "p": 0.001, "margin": 0.01, "rows": 80}
+    return Comparison(**{**values, **changes})
+
+
+def evaluated_run(path, *, better: bool = True, **changes):
+    """A run whose distilled student copies every other reference, and whose baseline copies none or the same ones."""
+    run = exported_run(path, **changes)
+    stage, test = run.stage("evaluation", ["dataset", "model"]), prepare(run)["test"]
+
+    def text(system, index, example):
+        return example.summary if index % 2 and (system == "distilled" or not better) else "What is it?"
+
+    predictions = [Prediction(system=s, example_id=e.id, text=text(s, i, e)) for s in SYSTEMS for i, e in enumerate(test)]
+    write_jsonl(stage.path / "predictions.jsonl", predictions)
+    (stage.path / "report.html").write_text("report")
+    stage.finish([stage.path / "predictions.jsonl", stage.path / "report.html"], settings={})
+    return run
+
+
+def test_a_gain_above_the_margin_with_a_small_p_is_enough():
+    assert refusal(comparison(), RULE) is None
+
+
+def test_a_refusal_says_the_gain_the_rows_the_interval_and_the_p_that_were_not_enough():
+    reason = refusal(comparison(gain=0.02, low=-0.01, p=0.2), RULE)
+    assert "rougeL +2.0 points over student-zero-shot on 80 test rows" in reason
+    assert "95% interval -1.0 to +16.0, p = 0.2000" in reason
+    assert "p is not below 0.05" in reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"p": 0.05}, "p is not below"),
+        ({"gain": 0.01, "p": 0.001}, "the gain is not above 1 points"),
+        ({"gain": -0.3, "p": 1.0}, "the gain is not above"),
+        ({"low": None, "high": None, "p": None, "note": "one test row tells nothing"}, "one test row tells nothing"),
+    ],
+)
+def test_the_edge_of_the_rule_and_everything_below_it_is_refused(changes, why):
+    assert why in refusal(comparison(**changes), RULE)
+
+
+def test_without_a_margin_none_is_spoken_of():
+    assert "margin" not in in_numbers(comparison(margin=0.0), PromoteSettings())
+
+
+def test_a_better_student_is_promoted_with_its_card_its_report_and_its_task(tmp_path):
+    run = evaluated_run(tmp_path / "run")
+    promoted = promote(run, tmp_path / "registry")
+    assert store.current(tmp_path / "registry") == promoted
+    assert promoted.task == run.recipe.task.model_dump(mode="json")
+    assert set(promoted.scores) == {"rouge1", "rouge2", "rougeL", "bleu"}
+    assert promoted.run == str(run.path.resolve())
+    version = tmp_path / "registry" / "versions" / promoted.version
+    assert {"README.md", "report.html", "serving"} <= {p.name for p in version.iterdir()}
+
+
+def test_a_student_that_is_no_better_is_refused_with_exit_3_and_what_is_served_stays(tmp_path):
+    registry = tmp_path / "registry"
+    served = promote(evaluated_run(tmp_path / "good"), registry)
+    with pytest.raises(PromotionRefused, match=r"\+0\.0 points over student-zero-shot on 40 test rows") as refused:
+        promote(evaluated_run(tmp_path / "same", better=False), registry)
+    assert refused.value.exit_code == 3
+    assert store.current(registry) == served
+    assert [event.what for event in store.history(registry)] == ["promoted", "refused"]
+    assert "points over" in store.history(registry)[-1].reason
+
+
+def test_a_margin_that_the_gain_does_not_exceed_refuses(tmp_path):
+    with pytest.raises(PromotionRefused, match="not above 90 points"):
+        promote(evaluated_run(tmp_path / "run", promote={"margin": 0.9}), tmp_path / "registry")
+
+
+@pytest.mark.parametrize("metric", ["rouge1", "bleu"])
+def test_the_rule_can_look_at_another_metric(tmp_path, metric):
+    run = evaluated_run(tmp_path / "run", promote={"metric": metric})
+    promote(run, tmp_path / "registry")
+    assert store.history(tmp_path / "registry")[-1].reason.startswith(f"{metric} +")
+
+
+def test_an_unknown_baseline_is_refused_with_those_there_are(tmp_path):
+    run = evaluated_run(tmp_path / "run", promote={"baseline": "teacher"})
+    with pytest.raises(SettingsError, match=r"promote\.baseline: 'teacher'.*teacher-few-shot"):
+        promote(run, tmp_path / "registry")
+
+
+def test_a_model_exported_after_its_evaluation_is_not_promoted(tmp_path):
+    run = evaluated_run(tmp_path / "run")
+    export(run, "other weights")
+    with pytest.raises(StageOrder, match="distill evaluate"):
+        promote(run, tmp_path / "registry")
+
+
+@pytest.mark.parametrize("name", ["model/serving/model.bin", "evaluation/predictions.jsonl"])
+def test_a_file_changed_by_hand_after_the_evaluation_is_named_and_not_promoted(tmp_path, name):
+    run = evaluated_run(tmp_path / "run")
+    file = run.path / name
+    file.write_bytes(file.read_bytes()[:-2] + b"x\n")  # the same size, which a glance at the folder does not tell
+    with pytest.raises(DataError, match=file.name):
+        promote(run, tmp_path / "registry")
+    assert store.current(tmp_path / "registry") is None
+
+
+def test_the_commands_promote_once_say_so_the_second_time_and_roll_back(tmp_path, capsys):
+    first, second = evaluated_run(tmp_path / "a"), evaluated_run(tmp_path / "b", weights="b")
+    registry = ["--registry", str(tmp_path / "registry")]
+    for run in (first, second, second):
+        (tmp_path / "recipe.yaml").write_text(run.recipe.model_dump_json())
+        assert main(["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(run.path), *registry]) == 0
+    assert rollback.main(registry) == 0
+    said = capsys.readouterr().out
+    assert said.count("promoted: version") == 2
+    assert said.count("is served already, nothing to do") == 1
+    assert "rolled back: version" in said
+    assert store.current(tmp_path / "registry").run == str(first.path.resolve())
+
+
+def test_the_registry_of_a_run_is_its_own_unless_another_is_named(tmp_path):
+    run = evaluated_run(tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(run.recipe.model_dump(mode="json")))
+    assert main(["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(run.path)]) == 0
+    assert store.current(run.path / "registry") is not None

@@ -1,0 +1,185 @@
+"""The registry: what is served, what was, and what survives a kill."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from shared import registry as store
+from shared.errors import DataError, PromotionRefused, StorageError
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return tmp_path / "registry"
+
+
+def folder(tmp_path, weights: str):
+    path = tmp_path / f"serving-{weights}"
+    path.mkdir(exist_ok=True)
+    for name, content in {"model.bin": weights, "serving.json": "{}", "tokenizer.json": "{}"}.items():
+        (path / name).write_text(content)
+    return path
+
+
+def promote(registry, serving, **changes):
+    settings = {"name": "demo", "task": {"shots": 3}, "scores": {"rougeL": 0.4}, "run": "runs/demo", "reason": "better"}
+    return store.promote(registry, serving, **{**settings, **changes})
+
+
+def events(registry):
+    return [(event.what, event.version) for event in store.history(registry)]
+
+
+def test_before_the_first_promotion_nothing_is_served(registry):
+    assert store.current(registry) is None
+    assert store.history(registry) == []
+
+
+def test_a_promoted_folder_is_copied_and_served_with_all_that_prompts_need(registry, tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("card")
+    promoted = promote(registry, folder(tmp_path, "a"), attachments=[card])
+    assert store.current(registry) == promoted
+    assert (promoted.name, promoted.task, promoted.scores) == ("demo", {"shots": 3}, {"rougeL": 0.4})
+    assert (store.serving_path(registry, promoted) / "model.bin").read_text() == "a"
+    assert (registry / "versions" / promoted.version / "README.md").read_text() == "card"
+    store.verify(registry, promoted)
+
+
+def test_the_same_content_promoted_twice_is_one_version_and_one_event(registry, tmp_path):
+    first = promote(registry, folder(tmp_path, "a"))
+    assert promote(registry, folder(tmp_path, "a")) == first
+    assert events(registry) == [("promoted", first.version)]
+
+
+def test_the_same_weights_for_another_task_are_another_version(registry, tmp_path):
+    first = promote(registry, folder(tmp_path, "a"))
+    assert promote(registry, folder(tmp_path, "a"), task={"shots": 0}).version != first.version
+
+
+def test_rollbacks_go_back_one_version_each_and_end_at_the_first(registry, tmp_path):
+    a, b, c = (promote(registry, folder(tmp_path, weights)).version for weights in "abc")
+    assert store.rollback(registry).version == b
+    assert store.rollback(registry).version == a
+    with pytest.raises(PromotionRefused, match=f"nothing was served before version {a}"):
+        store.rollback(registry)
+    assert store.current(registry).version == a
+    assert events(registry) == [("promoted", a), ("promoted", b), ("promoted", c), ("rolled back", b), ("rolled back", a)]
+
+
+def test_what_is_promoted_after_a_rollback_has_the_rolled_back_version_behind_it(registry, tmp_path):
+    a, b = (promote(registry, folder(tmp_path, weights)).version for weights in "ab")
+    store.rollback(registry)
+    again = promote(registry, folder(tmp_path, "b"))
+    assert again.version == b
+    assert store.rollback(registry).version == a
+
+
+def test_a_rollback_without_a_registry_makes_none(registry):
+    with pytest.raises(PromotionRefused, match="nothing has been promoted"):
+        store.rollback(registry)
+    assert not registry.exists()
+
+
+def test_a_rollback_to_a_damaged_version_is_refused_and_changes_nothing(registry, tmp_path):
+    a, b = (promote(registry, folder(tmp_path, weights)) for weights in "ab")
+    (store.serving_path(registry, a) / "model.bin").write_text("x")
+    with pytest.raises(DataError, match=r"model\.bin"):
+        store.rollback(registry)
+    assert store.current(registry) == b
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "added"])
+def test_verify_names_the_file_that_is_not_what_was_promoted(registry, tmp_path, damage):
+    promoted = promote(registry, folder(tmp_path, "a"))
+    file = store.serving_path(registry, promoted) / ("extra.json" if damage == "added" else "model.bin")
+    file.unlink() if damage == "missing" else file.write_text("x")
+    with pytest.raises(DataError, match=file.name):
+        store.verify(registry, promoted)
+
+
+def test_a_damaged_version_promoted_again_is_whole_again(registry, tmp_path):
+    promoted = promote(registry, folder(tmp_path, "a"))
+    promote(registry, folder(tmp_path, "b"))
+    (store.serving_path(registry, promoted) / "model.bin").unlink()
+    again = promote(registry, folder(tmp_path, "a"))
+    store.verify(registry, again)
+    assert store.current(registry) == again
+
+
+def test_a_refusal_is_remembered_with_its_reason_and_changes_nothing(registry, tmp_path):
+    promoted = promote(registry, folder(tmp_path, "a"))
+    store.record_refusal(registry, reason="p = 0.4", run="runs/demo", scores={"rougeL": 0.2})
+    assert store.current(registry) == promoted
+    last = store.history(registry)[-1]
+    assert (last.what, last.version, last.reason, last.scores) == ("refused", promoted.version, "p = 0.4", {"rougeL": 0.2})
+
+
+def test_an_incomplete_serving_folder_is_refused_by_the_name_of_what_it_lacks(registry, tmp_path):
+    serving = folder(tmp_path, "a")
+    (serving / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        promote(registry, serving)
+    assert store.current(registry) is None
+
+
+def test_a_second_writer_is_refused_while_the_first_is_at_work(registry, tmp_path):
+    promoted = promote(registry, folder(tmp_path, "a"))
+    with store._writing(registry):
+        with pytest.raises(StorageError, match="another process"):
+            promote(registry, folder(tmp_path, "b"))
+        assert store.current(registry) == promoted  # a reader needs no lock
+
+
+def test_a_damaged_pointer_is_told_not_taken_for_an_empty_registry(registry, tmp_path):
+    promote(registry, folder(tmp_path, "a"))
+    (registry / "current.json").write_text('{"version": "x"}')
+    with pytest.raises(DataError, match=r"current\.json"):
+        store.current(registry)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from shared import registry as store
+target, moment = Path(sys.argv[1]), sys.argv[2]
+if moment == "copying":
+    store.shutil.copytree = lambda source, to: (to.mkdir(), (to / "model.bin").write_text("half"), os._exit(9))
+else:
+    store.Ledger.append = lambda self, row: os._exit(9)
+store.promote(target, Path(sys.argv[3]), name="demo", task={}, scores={}, run="r", reason="better")
+"""
+
+
+def killed(moment, registry, serving):
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(registry), moment, str(serving)]
+    assert subprocess.run(command, check=False).returncode == 9
+
+
+def test_a_promotion_killed_while_copying_leaves_what_was_served_and_can_be_repeated(registry, tmp_path):
+    before = promote(registry, folder(tmp_path, "a"))
+    killed("copying", registry, folder(tmp_path, "b"))
+    assert store.current(registry) == before
+    after = promote(registry, folder(tmp_path, "b"))
+    store.verify(registry, after)
+    assert sorted(p.name for p in (registry / "versions").iterdir()) == sorted([before.version, after.version])
+
+
+def test_a_promotion_killed_before_its_line_of_history_gets_the_line_from_the_next_writer(registry, tmp_path):
+    before = promote(registry, folder(tmp_path, "a"))
+    killed("telling", registry, folder(tmp_path, "b"))
+    served = store.current(registry)
+    assert served.version != before.version
+    assert store.rollback(registry).version == before.version
+    assert events(registry) == [("promoted", before.version), ("promoted", served.version), ("rolled back", before.version)]
+
+
+def test_a_torn_last_line_of_history_is_not_read(registry, tmp_path):
+    promoted = promote(registry, folder(tmp_path, "a"))
+    with (registry / "history.jsonl").open("a") as file:
+        file.write('{"at": "2026')
+    assert events(registry) == [("promoted", promoted.version)]

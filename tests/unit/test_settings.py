@@ -1,0 +1,185 @@
+"""Settings: which layer wins, and that nothing unknown passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from shared.commands import assignments
+from shared.errors import SettingsError
+from shared.settings import PROCEDURE, RESERVED, Recipe, cache_dir, dotted_names, load_settings, read_secret
+
+BASE = "name: r\nteacher: {url: http://t/v1}\n"
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _no_variables_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for variable in [v for v in os.environ if v.upper().startswith("DISTILL_")]:
+        monkeypatch.delenv(variable)
+
+
+def load(folder: Path, yaml: str = BASE, **flags: Any) -> Recipe:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml)
+    return load_settings(Recipe, flags={k.replace("__", "."): v for k, v in flags.items()}, yaml_file=file, reserved=RESERVED)
+
+
+def test_a_flag_beats_the_environment_beats_the_recipe_beats_the_default_and_neighbours_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yaml = BASE + "train: {epochs: 5, batch_size: 5, learning_rate: 0.5}\n"
+    monkeypatch.setenv("DISTILL_TRAIN__EPOCHS", "6")
+    monkeypatch.setenv("DISTILL_TRAIN__BATCH_SIZE", "6")
+    train = load(tmp_path, yaml, train__epochs=7).train
+    assert (train.epochs, train.batch_size, train.learning_rate, train.scheduler) == (7, 6, 0.5, "linear")
+
+
+def test_a_loaded_recipe_is_a_recipe_and_cannot_be_changed(tmp_path: Path) -> None:
+    recipe = load(tmp_path)
+    assert type(recipe) is Recipe
+    assert recipe == load(tmp_path)
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(recipe, "seed", 3)  # noqa: B010  a type checker sees it, too
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_every_shipped_recipe_is_readable(file: Path) -> None:
+    assert load_settings(Recipe, flags={}, yaml_file=file, reserved=RESERVED).name
+
+
+def test_there_are_shipped_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize(
+    ("yaml", "said"),
+    [
+        (BASE + "train: {epohcs: 3}\n", "train.epohcs: unknown setting; did you mean train.epochs?"),
+        (BASE + "trian: {epochs: 3}\n", "trian: unknown setting; did you mean train?"),
+        (BASE + "epochs: 3\n", "epochs: unknown setting; did you mean train.epochs?"),
+        (BASE + "train: {epochs: 0}\n", "train.epochs: Input should be greater than 0 (got 0)"),
+        (BASE + "train: {epochs: many}\n", "train.epochs: "),
+        (BASE + "train: 5\n", "train: "),
+        (BASE + "train:\n", "train: "),
+        (BASE + "1: 2\n", "1: names of settings are text"),
+        (BASE + "harvest: {stop: [a, b, c, d, e]}\n", "harvest.stop: "),
+        (BASE + "harvest: {max_tokens: 5000}\n", "harvest.max_tokens: "),
+        ("teacher: {url: http://t/v1}\n", "name: required, and neither flag, environment nor recipe gives it"),
+        ("name: r\nteacher: {model: m}\n", "teacher: give exactly one of url and launch"),
+        ("name: r\nteacher: {url: u, launch: {engine: scripted}}\n", "teacher: give exactly one of url and launch"),
+        ("name: a b\nteacher: {url: u}\n", "name: "),
+        ("- a\n", "expected a mapping of settings, found list"),
+        ("", "expected a mapping of settings, found NoneType"),
+        ("a: [", "is not readable YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_its_file_and_field_named(tmp_path: Path, yaml: str, said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, yaml)
+    assert said in str(caught.value)
+    assert "recipe.yaml" in str(caught.value)
+
+
+def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"train\.epochs: .*; train\.nonsense: "):
+        load(tmp_path, BASE + "train: {epochs: 0, nonsense: 1}\n")
+
+
+def test_a_recipe_that_is_not_there_is_told_with_where_to_find_some(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.yaml: No such file.*recipes/ has some"):
+        load_settings(Recipe, flags={}, yaml_file=tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("DISTILL_TRAIN__EPOHCS", "did you mean DISTILL_TRAIN__EPOCHS?"),
+        ("DISTILL_TRAIN_EPOCHS", "did you mean DISTILL_TRAIN__EPOCHS?"),
+        ("distill_tarin__epochs", "did you mean DISTILL_TRAIN__EPOCHS?"),
+        ("DISTILL_XYZZY", "DISTILL_XYZZY: unknown environment variable; unset it"),
+    ],
+)
+def test_a_misspelt_variable_is_refused_with_the_nearest_right_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, said: str
+) -> None:
+    monkeypatch.setenv(variable, "3")
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path)
+    assert said in str(caught.value)
+
+
+def test_a_variable_that_cannot_be_read_is_refused_with_its_section_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILL_HARVEST__STOP", "not json")
+    with pytest.raises(SettingsError, match="harvest"):
+        load(tmp_path)
+
+
+def test_the_cache_variable_is_no_recipe_setting_and_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    load(tmp_path)
+    assert cache_dir() == tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"train.epohcs": 1}, "did you mean train.epochs?"),
+        ({"train": 5, "train.epochs": 2}, "train is a section"),
+        ({"train.epochs": 2, "train": {"epochs": 3}}, "given both as a whole and setting by setting"),
+    ],
+)
+def test_a_wrong_flag_is_refused(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(Recipe, flags=flags)
+    assert said in str(caught.value)
+
+
+def test_a_flag_may_take_a_setting_back_and_give_another_in_its_place(tmp_path: Path) -> None:
+    recipe = load(tmp_path, teacher__url=None, **{"teacher.launch.engine": "scripted"})
+    assert recipe.teacher.identity.startswith("launch:scripted:")
+
+
+def test_settings_of_procedure_are_settings() -> None:
+    assert set(dotted_names(Recipe)) >= PROCEDURE
+
+
+def test_assignments_are_read_as_yaml() -> None:
+    given = ["train.epochs=2", "harvest.stop=[a, b]", "teacher.url=", "task.instruction=a=b", "name=yes please"]
+    assert assignments(given) == {
+        "train.epochs": 2,
+        "harvest.stop": ["a", "b"],
+        "teacher.url": None,
+        "task.instruction": "a=b",
+        "name": "yes please",
+    }
+
+
+@pytest.mark.parametrize("pair", ["train.epochs", "=3", "", "train.epochs=[1"])
+def test_an_assignment_that_is_none_is_refused(pair: str) -> None:
+    with pytest.raises(SettingsError, match="--set"):
+        assignments([pair])
+
+
+def test_a_secret_is_given_directly_or_by_file_and_shown_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("from-file\n")
+    assert read_secret(SecretStr("direct"), tmp_path / "key", "teacher.api_key") == "direct"
+    assert read_secret(None, tmp_path / "key", "teacher.api_key") == "from-file"
+    assert read_secret(SecretStr(""), tmp_path / "key", "teacher.api_key") == "from-file"
+    assert read_secret(SecretStr(""), None, "teacher.api_key") is None
+    assert read_secret(None, None, "teacher.api_key") is None
+    recipe = load(tmp_path, BASE.replace("}", ", api_key: hush-hush}"))
+    assert "hush" not in repr(recipe) + recipe.model_dump_json()
+
+
+def test_a_secret_file_that_is_missing_empty_or_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name, said in (("none", "cannot read .*none: No such file"), ("empty", "is empty"), ("binary", "cannot read .*binary")):
+        with pytest.raises(SettingsError, match=f"teacher.api_key_file: .*{said}"):
+            read_secret(None, tmp_path / name, "teacher.api_key")
