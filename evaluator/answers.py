@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from pydantic import ValidationError
+
 from evaluator.systems import DISTILLED, asks
 from shared.artifacts import Ledger, Run, read_json
 from shared.collect import Ask, OfflineModel, answer_offline, answers, collect
@@ -103,9 +105,7 @@ def student_predictions(
     Raises EngineError, DataError, StorageError.
     """
     recipe = run.recipe
-    # both have the same architecture, and this file can be read without loading a model
-    config = ServingConfig.model_validate(read_json(run.path / "model" / "serving" / "serving.json"))
-    protocol = "chat" if config.kind == "decoder-only" else "completions"
+    protocol = "chat" if _kind(run) == "decoder-only" else "completions"
     base = f"{recipe.student.model}:{recipe.export.quantization}"
 
     def wanted(identity: str, few_shot: bool) -> list[Ask]:
@@ -122,6 +122,15 @@ def student_predictions(
             with _ledger(run, system) as ledger:
                 census[system] = answer_offline(student, of_system, ledger, chunk=CHUNK, what=system, seed=None).counts()
     return _predictions(run, {system: of_system for _, by_system in by_student for system, of_system in by_system.items()}), census
+
+
+def _kind(run: Run) -> str:
+    """The architecture of both students, read without loading a model."""
+    file = run.path / "model" / "serving" / "serving.json"
+    try:
+        return ServingConfig.model_validate(read_json(file)).kind
+    except ValidationError as exc:
+        raise DataError(f"{file}: {exc.errors()[0]['loc']}: {exc.errors()[0]['msg']}; run `distill export` again") from exc
 
 
 def _content(run: Run) -> str:

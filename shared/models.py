@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 
+from shared.artifacts import sha256_bytes
 from shared.settings import cache_dir
 
 
@@ -29,10 +31,20 @@ def hugging_face_model(reference: str) -> str:
 
 
 def serving_folder(reference: str, quantization: str) -> Path:
-    """The model as a serving folder (CTranslate2, tokenizer.json, serving.json), converted into the cache at first use."""
-    folder = Path(reference)
-    if (folder / "serving.json").exists():
-        return folder
-    from shared.engines.convert import converted
+    """The model as a serving folder (CTranslate2, tokenizer.json, serving.json), converted into the cache at first use.
 
-    return converted(hugging_face_model(reference), name=reference, quantization=quantization, cache=cache_dir())
+    Once it is there, neither torch nor transformers is loaded. A local folder that has changed is converted anew.
+    """
+    if (Path(reference) / "serving.json").exists():
+        return Path(reference)
+    model = hugging_face_model(reference)
+    weights = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    stamp = [(w.name, w.stat().st_size, w.stat().st_mtime_ns) for w in weights]
+    key = sha256_bytes(repr((model, stamp, quantization, metadata.version("ctranslate2"))).encode())[:12]
+    out = cache_dir() / "serving" / f"{reference.replace('/', '--').replace(':', '-')}-{quantization}-{key}"
+    if not (out / "serving.json").exists():
+        from shared.engines.convert import convert
+
+        print(f"converting {reference} to CTranslate2 {quantization}, once, into {out}", flush=True)
+        convert(model, out, name=reference, quantization=quantization)
+    return out

@@ -99,7 +99,7 @@ def promote(
     if missing := {"serving.json", "model.bin", "tokenizer.json"} - content.keys():
         raise DataError(f"{serving_folder} is no serving folder (no {', '.join(sorted(missing))}); export the model again")
     digest = sha256_bytes(canonical({"files": content, "name": name, "task": dict(task)}))[:12]
-    with _writing(registry) as (served, history):
+    with _writing(registry) as (served, events):
         known = _version_of(registry, digest)
         if known and served and known.version == served.version:
             return served
@@ -123,7 +123,7 @@ def promote(
                 if _hashes(folder / "serving") != content:
                     raise StorageError(f"{serving_folder} changed while it was copied; end what writes it and promote again")
                 (folder / "promoted.json").write_text(promoted.model_dump_json(indent=2) + "\n")
-        _serve(registry, history, promoted, "promoted", reason)
+        _serve(registry, events, promoted, "promoted", reason)
         return promoted
 
 
@@ -134,7 +134,7 @@ def rollback(registry: Path, *, reason: str = "asked for") -> Promoted:
     """
     if current(registry) is None:
         raise PromotionRefused(f"{registry}: nothing has been promoted, so there is nothing to roll back")
-    with _writing(registry) as (served, history):
+    with _writing(registry) as (served, events):
         if served is None or not served.served_before:
             raise PromotionRefused(f"{registry}: nothing was served before version {served and served.version}; it stays served")
         *earlier, version = served.served_before
@@ -143,15 +143,15 @@ def rollback(registry: Path, *, reason: str = "asked for") -> Promoted:
             raise DataError(f"{registry}: version {version} is gone; {served.version} stays served")
         verify(registry, before)
         promoted = before.model_copy(update={"promoted_at": now(), "served_before": tuple(earlier)})
-        _serve(registry, history, promoted, "rolled back", f"from {served.version}: {reason}")
+        _serve(registry, events, promoted, "rolled back", f"from {served.version}: {reason}")
         return promoted
 
 
 def record_refusal(registry: Path, *, reason: str, run: str, scores: Mapping[str, float]) -> None:
     """Note in the history that a student was not promoted, and why; what is served stays served."""
-    with _writing(registry) as (served, history):
+    with _writing(registry) as (served, events):
         version = served.version if served else None
-        history.append(Event(at=now(), what="refused", version=version, reason=reason, run=run, scores=dict(scores)))
+        events.append(Event(at=now(), what="refused", version=version, reason=reason, run=run, scores=dict(scores)))
 
 
 def history(registry: Path) -> list[Event]:
@@ -193,9 +193,9 @@ def _event(promoted: Promoted, what: Literal["promoted", "rolled back"], reason:
 def _version_of(registry: Path, digest: str) -> Promoted | None:
     """The whole, undamaged version with this content, if the registry has it."""
     for file in sorted((registry / "versions").glob(f"*-{digest}/promoted.json")):
-        found = _read(file)
-        if found is not None:
-            with contextlib.suppress(DataError):
+        with contextlib.suppress(DataError):  # a damaged one is replaced by a new copy
+            found = _read(file)
+            if found is not None:
                 verify(registry, found)
                 return found
     return None
@@ -208,7 +208,7 @@ def _read(file: Path) -> Promoted | None:
         return None
     except ValidationError as exc:
         error = exc.errors()[0]
-        raise DataError(f"{file}: {'.'.join(map(str, error['loc']))}: {error['msg']}; the pointer is damaged") from exc
+        raise DataError(f"{file}: {'.'.join(map(str, error['loc']))}: {error['msg']}; remove this file and promote again") from exc
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -1,13 +1,19 @@
-"""Tiny random models and a word tokenizer: the real architectures, small enough to test exactly."""
+"""Tiny random models, a word tokenizer and packed examples: the real architectures, small enough to test exactly."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from student_trainer.training.losses import score
+from student_trainer.training.packing import Collator, Packed
+from student_trainer.training.student import Student, turn_dropout_off
+
+KINDS = ["decoder-only", "encoder-decoder"]
 WORDS = 90
 PAD, EOS, UNK, BOS = 0, 1, 2, 3
 VOCABULARY = WORDS + 4
@@ -78,3 +84,43 @@ def save_folder(model: torch.nn.Module, made: PreTrainedTokenizerFast, folder: P
     model.save_pretrained(folder)  # type: ignore[operator]
     made.save_pretrained(folder)
     return folder
+
+
+def collator(kind, **options):
+    """A collator of that kind for these models."""
+    return Collator(kind, pad_token_id=PAD, start_token_id=PAD, **options)
+
+
+def student(kind, **options):
+    """A tiny student in double precision, without dropout."""
+    model = (tiny_llama(**options) if kind == "decoder-only" else tiny_t5(**options)).double()
+    turn_dropout_off(model)
+    return Student(model, kind)
+
+
+def examples(count, rejected=1, seed=0, chosen=1):
+    """Random examples of uneven lengths; every chosen response is paired with every rejected one."""
+    draw = np.random.default_rng(seed)
+
+    def ids(low, high):
+        return tuple(draw.integers(4, VOCABULARY, draw.integers(low, high)).tolist())
+
+    pairs = tuple((c, r) for c in range(chosen) for r in range(rejected))
+    return [
+        Packed(f"e{i}", ids(4, 12), tuple(ids(1, 7) for _ in range(chosen)), tuple(ids(1, 7) for _ in range(rejected)), pairs)
+        for i in range(count)
+    ]
+
+
+def loss_of(student, batch, orpo_lambda=0.1):
+    """The loss of one batch that is a whole optimizer step."""
+    scores = score(student(batch), batch["response"], batch["chosen"], batch["pairs"])
+    tokens = int(batch["chosen"][batch["response"]].sum())
+    return scores.loss(orpo_lambda, chosen_tokens=tokens, pairs=len(batch["pairs"]))
+
+
+def gradients(student, loss):
+    """Gradients by parameter name."""
+    student.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}

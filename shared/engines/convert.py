@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import ctranslate2
@@ -49,16 +48,4 @@ def convert(model: str, out: Path, *, name: str, quantization: str) -> Path:
             raise EngineError(f"{model} cannot be converted for serving: {exc}") from exc
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         write_atomic(folder / "serving.json", serving.model_dump_json(indent=2) + "\n")
-    return out
-
-
-def converted(model: str, *, name: str, quantization: str, cache: Path) -> Path:
-    """The serving folder of `model` in the cache, converted at first use; a local folder that changed is converted anew."""
-    weights = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    stamp = [(w.name, w.stat().st_size, w.stat().st_mtime_ns) for w in weights]
-    key = hashlib.sha256(repr((model, stamp, quantization, ctranslate2.__version__)).encode()).hexdigest()[:12]
-    out = cache / "serving" / f"{name.replace('/', '--').replace(':', '-')}-{quantization}-{key}"
-    if not (out / "serving.json").exists():
-        print(f"converting {name} to CTranslate2 {quantization}, once, into {out}", flush=True)
-        convert(model, out, name=name, quantization=quantization)
     return out

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ TOP_K = 50
 """Samples are drawn from the 50 likeliest tokens: without a bound CTranslate2 sorts the whole vocabulary at every step."""
 BATCH_ROWS = 32
 """Completions decoded side by side; more hardly raise the throughput of a processor and cost memory."""
-LENGTH_SPREAD = 32
+COMPUTE_TYPES = {"int8": "int8_float32", "float16": "float32", "float32": "float32"}
+"""What a processor computes in, by how the weights are stored: few have 16-bit arithmetic that is worth its loss."""
+LENGTH_SPREAD = 16
 """Most tokens by which prompts of one batch differ: a decoder-only model reads what the shortest lacks one token at a time."""
 
 
@@ -48,7 +51,7 @@ class LocalModel:
         """`threads`: processor cores to use, all that this process may use by default. Raises EngineError."""
         self.config = _read_config(folder)
         self._folder = folder
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self._encoder = PromptEncoder.from_folder(folder, self.config)
         tokenizer = self._encoder.tokenizer
         self._eos = tokenizer.token_to_id(self.config.eos_token)
@@ -56,7 +59,6 @@ class LocalModel:
             raise EngineError(
                 f"{folder}: tokenizer.json has no token {self.config.eos_token!r}, as serving.json says; export the model again"
             )
-        self._stop_ids: dict[tuple[str, ...], list[int]] = {}
         self._engine: Any = self._load(self._workers)
 
     @property
@@ -75,7 +77,13 @@ class LocalModel:
             raise EngineError("the local engine needs CTranslate2: pip install 'blackbox-distill[local]'") from exc
         kind = ctranslate2.Translator if self._encodes else ctranslate2.Generator
         try:
-            return kind(str(self._folder), device="cpu", inter_threads=workers, intra_threads=max(1, self._threads // workers))
+            return kind(
+                str(self._folder),
+                device="cpu",
+                compute_type=COMPUTE_TYPES[self.config.quantization],
+                inter_threads=workers,
+                intra_threads=max(1, self._threads // workers),
+            )
         except (RuntimeError, ValueError) as exc:
             raise EngineError(f"{self._folder} cannot be loaded, export the model again: {exc}") from exc
 
@@ -177,11 +185,15 @@ class LocalModel:
 
     def _ids_holding(self, stop: tuple[str, ...]) -> list[int]:
         """Tokens whose text holds one of the stop texts: decoding may end there. A stop that spans tokens is cut out afterwards."""
-        if stop and stop not in self._stop_ids:
-            tokenizer = self._encoder.tokenizer
-            texts = tokenizer.decode_batch([[i] for i in range(tokenizer.get_vocab_size())])
-            self._stop_ids[stop] = [i for i, text in enumerate(texts) if any(s in text for s in stop)]
-        return self._stop_ids.get(stop, [])
+        if not stop:
+            return []
+        return [i for i, text in enumerate(self._texts) if any(s in text for s in stop)]
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        """The text of each token of the vocabulary."""
+        tokenizer = self._encoder.tokenizer
+        return list(tokenizer.decode_batch([[i] for i in range(tokenizer.get_vocab_size())]))
 
     def _completion(self, ids: list[int], stop: tuple[str, ...]) -> Completion:
         ended = bool(ids) and ids[-1] == self._eos

@@ -137,8 +137,8 @@ class Packer:
 
     def _prompt(self, text: str) -> list[int]:
         if self._kind == "decoder-only":
-            return self._encoder.encode(GenerationRequest(messages=(Message(role="user", content=text),)))
-        return self._encoder.encode(GenerationRequest(prompt=text))
+            return self._encoder.encode(GenerationRequest(messages=(Message(role="user", content=text),), n=1))
+        return self._encoder.encode(GenerationRequest(prompt=text, n=1))
 
     def _response(self, text: str, census: Census) -> tuple[int, ...]:
         """Its token ids; the end of sequence only where the response was not cut, else the student would learn to stop there."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,43 +170,29 @@ def native_bf16(device: torch.device) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _exactly(student: Student) -> Iterator[None]:
-    bf16, student.bf16 = student.bf16, False
-    with torch.no_grad():
-        yield
-    student.bf16 = bf16
-
-
 def refuse_unless_packable(student: Student, collator: Collator, example: Packed) -> None:
     """Score one example packed and one response at a time. Raises TrainingError if the two differ.
 
     That is what makes any decoder-only architecture safe: one that ignores 4-D masks or position ids, windows its attention
     or scales its logits is refused instead of trained wrongly.
     """
-    batch = _on(collator([example]), student)
-    with _exactly(student):
-        packed = student(batch)
-        device = packed.device
-        prompt = torch.tensor([example.prompt], device=device)
-        expected = []
-        responses = [*example.chosen, *example.rejected][: len(batch["chosen"])]
-        for ids in responses:
+    device = next(student.parameters()).device
+    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collator([example]).items()}
+    prompt = torch.tensor([example.prompt], device=device)
+    exact = type(student)(student.model, student.kind)
+    with torch.no_grad():
+        packed, single = exact(batch), []
+        for ids in [*example.chosen, *example.rejected][: len(batch["chosen"])]:
             labels = torch.tensor(ids, device=device)
             if student.kind == "decoder-only":
                 row = torch.cat([prompt, labels[None, :-1]], dim=1)
                 logits = student.model(input_ids=row, use_cache=False).logits[0, len(example.prompt) - 1 :]
             else:
                 logits = student.model(input_ids=prompt, labels=labels[None], use_cache=False).logits[0]
-            expected.append(token_logps(logits, labels))
-    error = (packed - torch.cat(expected)).abs().max().item()
+            single.append(token_logps(logits, labels))
+    error = (packed - torch.cat(single)).abs().max().item()
     if not error <= LARGEST_ERROR:
         raise TrainingError(
             f"student.model: a {student.model.config.model_type} model scores packed rows differently from single ones (by {error:.3g} "
             "nats a token), so it cannot be trained this way; use a model of the Llama or T5 family"
         )
-
-
-def _on(batch: dict[str, Any], student: Student) -> dict[str, Any]:
-    device = next(student.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

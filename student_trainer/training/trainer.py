@@ -47,7 +47,7 @@ class LogRow(Contract):
     grad_norm: float
     learning_rate: float
     tokens_per_s: float
-    """Tokens of packed rows, padding left out, a second of the step's own time."""
+    """Tokens of packed rows, without padding, by the seconds of the step."""
 
 
 class LengthGrouped(Sampler[int]):
@@ -100,7 +100,7 @@ def arguments(settings: TrainSettings, output: Path, *, seed: int) -> TrainingAr
     return args
 
 
-class OrpoTrainer(Trainer):
+class OrpoTrainer(Trainer):  # type: ignore[misc]
     """L = NLL of the chosen tokens + lambda * mean L_OR of the pairs, both over the whole optimizer step."""
 
     # our denominators already span all micro-batches: Trainer must not divide by their number once more

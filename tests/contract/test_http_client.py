@@ -202,7 +202,7 @@ def test_a_page_of_html_is_told_from_an_api() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [[], {"object": "list"}, {"choices": "x"}, {"choices": [1]}, {"choices": [{"finish_reason": "stop"}]}, None]
+    "body", [[], {"object": "list"}, {"choices": "x"}, {"choices": [1]}, {"choices": [{"finish_reason": "stop"}]}, "hello"]
 )
 def test_json_of_another_shape_is_told_from_an_api(body: Any) -> None:
     error = failure(Server(answer(json=body)))

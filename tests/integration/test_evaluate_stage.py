@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from evaluated import FakeStudent, FakeTeacher, export, exported_run
@@ -96,6 +103,12 @@ def test_an_encoder_decoder_student_is_asked_in_plain_text(tmp_path):
     student = FakeStudent(lambda prompt: "What?")
     run_stage(run, teacher=FakeTeacher(lambda prompt: "What?"), base=student, distilled=student)
     assert all(request.prompt and request.messages is None for request in student.asked)
+
+
+def test_a_serving_folder_that_does_not_say_what_it_is_names_the_file_and_the_command_to_run(run):
+    export(run, "weights", kind="diffusion")
+    with pytest.raises(DataError, match=r"serving\.json.*distill export"):
+        run_stage(run, teacher=FakeTeacher(lambda prompt: "What?"))
 
 
 def test_what_was_answered_before_a_crash_is_not_asked_again_and_no_model_is_loaded_for_it(run, tmp_path):
@@ -218,6 +231,58 @@ def test_answers_of_a_launched_teacher_are_kept_when_its_port_changes(run, tmp_p
     (run.path / "evaluation" / "manifest.json").unlink()
     assert main([*recipe_file(run, tmp_path / "recipe.yaml"), "--teacher-url", "http://127.0.0.1:9/v1"]) == 0
     assert "40 test rows" in capsys.readouterr().out
+
+
+class FifthAnswerIsTheLast(BaseHTTPRequestHandler):
+    """A teacher that answers five requests over HTTP, and lets the sixth wait until the server is told to end."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.answered += 1
+        if self.server.answered > 5:
+            self.server.ended.wait()
+            return
+        choice = {"index": 0, "message": {"role": "assistant", "content": "What is it?"}, "finish_reason": "stop"}
+        body = json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments): ...
+
+
+@pytest.fixture
+def stuck_teacher():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FifthAnswerIsTheLast)
+    server.answered, server.ended = 0, threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.ended.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("blow", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_stopped_evaluation_keeps_every_answer_that_came_and_goes_on_from_there(tmp_path, stuck_teacher, blow, code):
+    run = exported_run(tmp_path / "run", harvest={"concurrency": 1})
+    command = [sys.executable, "-m", "shared.cli", "evaluate", *recipe_file(run, tmp_path / "recipe.yaml"), "--teacher-url", stuck_teacher]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ledger = run.path / "evaluation" / "answers" / "teacher-zero-shot.jsonl"
+    while not (ledger.exists() and ledger.read_bytes().count(b"\n") == 5):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(blow)
+    _, said = process.communicate()
+    assert process.returncode == code
+    if blow == signal.SIGINT:
+        assert "To go on:\n  distill evaluate" in said
+        assert "Traceback" not in said
+    right = references(run)
+    teacher = FakeTeacher(lambda prompt: right[prompt])
+    run_stage(run, teacher=teacher, base=FakeStudent(lambda prompt: "What is it?"), distilled=FakeStudent(lambda prompt: right[prompt]))
+    assert teacher.asked == 40 - 5 + 40
 
 
 def test_a_key_file_that_cannot_be_read_is_named(tmp_path, run):

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from tiny_models import KINDS, collator, examples, gradients, loss_of, student
 
 from shared.contracts import Triplet
 from shared.errors import TrainingError
 from student_trainer.training.losses import score
-from student_trainer.training.packing import Collator, Packed, Packer, cells, group, visible
-from student_trainer.training.student import Student, refuse_unless_packable, tell_truth_about_tying, turn_dropout_off
-
-KINDS = ["decoder-only", "encoder-decoder"]
+from student_trainer.training.packing import Packed, Packer, cells, group, visible
+from student_trainer.training.student import Student, refuse_unless_packable, tell_truth_about_tying
 
 
 def triplet(example_id="a", prompt="w1 w2", chosen="w3 w4", rejected="w5", **other):
@@ -24,41 +23,6 @@ def triplet(example_id="a", prompt="w1 w2", chosen="w3 w4", rejected="w5", **oth
 def packer(kind="decoder-only", **limits):
     tokenizer = tiny_models.tokenizer(appends_eos=kind == "encoder-decoder", chat=kind == "decoder-only")
     return Packer(tokenizer, kind, **{"max_prompt_tokens": 64, "max_response_tokens": 16, **limits})
-
-
-def collator(kind, **options):
-    return Collator(kind, pad_token_id=tiny_models.PAD, start_token_id=tiny_models.PAD, **options)
-
-
-def student(kind, **options):
-    model = (tiny_models.tiny_llama(**options) if kind == "decoder-only" else tiny_models.tiny_t5(**options)).double()
-    turn_dropout_off(model)
-    return Student(model, kind)
-
-
-def examples(count, rejected=1, seed=0, chosen=1):
-    draw = np.random.default_rng(seed)
-
-    def ids(low, high):
-        return tuple(draw.integers(4, tiny_models.VOCABULARY, draw.integers(low, high)).tolist())
-
-    pairs = tuple((c, r) for c in range(chosen) for r in range(rejected))
-    return [
-        Packed(f"e{i}", ids(4, 12), tuple(ids(1, 7) for _ in range(chosen)), tuple(ids(1, 7) for _ in range(rejected)), pairs)
-        for i in range(count)
-    ]
-
-
-def loss_of(student, batch, orpo_lambda=0.1):
-    scores = score(student(batch), batch["response"], batch["chosen"], batch["pairs"])
-    tokens = int(batch["chosen"][batch["response"]].sum())
-    return scores.loss(orpo_lambda, chosen_tokens=tokens, pairs=len(batch["pairs"]))
-
-
-def gradients(student, loss):
-    student.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
 def logits_of(student, prompt, response):
@@ -171,7 +135,7 @@ def test_an_architecture_that_ignores_the_mask_is_refused():
 
     rows = examples(1, 2)
     refuse_unless_packable(student("decoder-only"), collator("decoder-only"), rows[0])
-    with pytest.raises(TrainingError, match="student.model: a llama model scores packed rows differently"):
+    with pytest.raises(TrainingError, match=r"student\.model: a llama model scores packed rows differently"):
         refuse_unless_packable(Leaky(student("decoder-only").model, "decoder-only"), collator("decoder-only"), rows[0])
 
 
@@ -240,7 +204,7 @@ def test_the_census_accounts_for_every_triplet():
 
 
 def test_when_every_prompt_is_too_long_the_setting_is_named():
-    with pytest.raises(TrainingError, match="train.max_prompt_tokens=8"):
+    with pytest.raises(TrainingError, match=r"train\.max_prompt_tokens=8"):
         packer(max_prompt_tokens=8).pack(group([triplet(prompt=" ".join(["w1"] * 20))]))
 
 

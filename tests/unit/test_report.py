@@ -125,6 +125,14 @@ def test_the_examples_are_the_best_middle_and_worst_by_gain_each_once():
     assert [a["system"] for a in shown[0]["answers"]][:2] == ["distilled", "student-zero-shot"]
 
 
+def test_how_many_messages_had_a_subject_line_is_told(run):
+    rows = {**prepare(run)}
+    rows["test"] = [Example(id=f"q{i}", question=q, summary="What?") for i, q in enumerate(["SUBJECT: gout\nMESSAGE: help", "Help"])]
+    scored = score(predictions(rows["test"], {}), rows["test"])
+    notes = build(run, rows, (), {name: scored[name] for name in SYSTEMS})["notes"]
+    assert any("1 of 2 messages have a SUBJECT line" in note for note in notes)
+
+
 def test_fewer_rows_than_examples_to_show_are_shown_once_each():
     examples = [Example(id=f"q{i}", question="?", summary="one two") for i in range(5)]
     shown = chosen(examples, score(predictions(examples, {}), examples))

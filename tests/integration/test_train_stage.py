@@ -1,0 +1,163 @@
+"""The training stage with real processes: killed, interrupted and resumed, it ends with the same student."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_models
+from safetensors.torch import load_file
+
+from shared.artifacts import Run, write_jsonl
+from shared.cli import main
+from shared.contracts import Triplet
+from shared.settings import Recipe, load_settings
+from student_trainer.training.trainer import WEIGHTS, checkpoints
+
+TRAIN = {"epochs": 30, "batch_size": 2, "learning_rate": 0.003, "checkpoint_steps": 5, "precision": "fp32"}
+STEPS = 30 * 3
+RECIPE = """\
+name: tiny
+teacher: {url: http://127.0.0.1:9/v1}
+student: {model: %s}
+train: %s
+"""
+
+
+def folder(path: Path, kind: str = "decoder-only") -> Path:
+    """A random student in Hugging Face format."""
+    if kind == "decoder-only":
+        return tiny_models.save_folder(tiny_models.tiny_llama(), tiny_models.tokenizer(appends_eos=False, chat=True), path)
+    return tiny_models.save_folder(tiny_models.tiny_t5(), tiny_models.tokenizer(appends_eos=True), path)
+
+
+def triplets(seed: int = 0) -> list[Triplet]:
+    """Two pairs for each of six examples."""
+    draw = random.Random(seed)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{draw.randrange(tiny_models.WORDS)}" for _ in range(count))
+
+    scores = {"chosen_source": "teacher", "rejected_source": "student", "chosen_score": 1.0, "rejected_score": 0.0}
+    rows = []
+    for i in range(6):
+        prompt, chosen = words(draw.randint(4, 12)), words(4)
+        rows += [Triplet(example_id=f"e{i}", prompt=prompt, chosen=chosen, rejected=words(3), **scores) for _ in range(2)]
+    return rows
+
+
+def run_with(path: Path, model: Path, rows: list[Triplet], **train) -> list[str]:
+    """A run whose triplets are ready; returns the arguments of `distill`."""
+    recipe = path.with_suffix(".yaml")
+    recipe.write_text(RECIPE % (model, json.dumps({**TRAIN, **train})))
+    stage = Run.open(path, load_settings(Recipe, flags={}, yaml_file=recipe)).stage("triplets/r0")
+    write_jsonl(stage.path / "triplets.jsonl", rows)
+    stage.finish([stage.path / "triplets.jsonl"], settings={})
+    return ["train", "--recipe", str(recipe), "--out", str(path)]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-m", "shared.cli", *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def when_first_checkpoint_stands(process: subprocess.Popen[str], run: Path) -> None:
+    while not checkpoints(run / "checkpoints"):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.01)
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "checkpoints" / "log.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict:
+    return load_file(run / "checkpoints" / "student" / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_killed_after_its_first_checkpoint_and_rerun_it_ends_with_the_same_student_and_one_log(kind, tmp_path):
+    model = folder(tmp_path / "model", kind)
+    assert main(run_with(tmp_path / "whole", model, triplets())) == 0
+
+    arguments = run_with(tmp_path / "killed", model, triplets())
+    process = start(arguments)
+    when_first_checkpoint_stands(process, tmp_path / "killed")
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "checkpoints" / "manifest.json").exists()
+    assert main(arguments) == 0
+
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert whole.keys() == resumed.keys()
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+    assert [row["step"] for row in log(tmp_path / "killed")] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in log(tmp_path / "killed")] == [row["loss"] for row in log(tmp_path / "whole")]
+    assert not checkpoints(tmp_path / "killed" / "checkpoints")
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*.tmp"))
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_prints_the_command_that_goes_on(tmp_path):
+    arguments = run_with(tmp_path / "run", folder(tmp_path / "model"), triplets(), epochs=3000)
+    process = start(arguments)
+    when_first_checkpoint_stands(process, tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "distill train --recipe" in errors
+    assert checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_a_torn_checkpoint_is_never_gone_on_from(tmp_path):
+    """What SIGKILL leaves behind in the middle of a checkpoint has a name that no one resumes from, and is swept away."""
+    arguments = run_with(tmp_path / "run", folder(tmp_path / "model"), triplets(), max_steps=2)
+    torn = tmp_path / "run" / "checkpoints" / ".checkpoint-1.99.tmp" / "checkpoint-1"
+    torn.mkdir(parents=True)
+    (torn / WEIGHTS).write_bytes(b"half")
+    assert main(arguments) == 0
+    assert [row["step"] for row in log(tmp_path / "run")] == [1, 2]
+    assert not torn.parent.exists()
+
+
+def test_other_triplets_begin_anew_instead_of_going_on(tmp_path):
+    model = folder(tmp_path / "model")
+    process = start(run_with(tmp_path / "run", model, triplets()))
+    when_first_checkpoint_stands(process, tmp_path / "run")
+    process.kill()
+    process.wait()
+    assert main(run_with(tmp_path / "run", model, triplets(seed=1))) == 0
+    assert main(run_with(tmp_path / "other", model, triplets(seed=1))) == 0
+    assert [row["loss"] for row in log(tmp_path / "run")] == [row["loss"] for row in log(tmp_path / "other")]
+
+
+def test_the_student_and_the_manifest_say_what_was_done(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = run_with(tmp_path / "run", folder(tmp_path / "model"), triplets(), max_steps=2, lora_rank=2, frozen_layers=1)
+    assert main(arguments) == 0
+    student = tmp_path / "run" / "checkpoints" / "student"
+    assert AutoTokenizer.from_pretrained(student).chat_template == tiny_models.CHAT_TEMPLATE
+    assert not [name for name, _ in AutoModelForCausalLM.from_pretrained(student).named_parameters() if "lora" in name]
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "manifest.json").read_text())
+    assert manifest["counts"]["examples"] == 6
+    assert manifest["counts"]["pairs"] == manifest["counts"]["triplets"] == 12
+    assert manifest["counts"]["padding_ratio"] >= 1
+    assert manifest["counts"]["trained_parameters"] < manifest["counts"]["parameters"]
+    assert main(arguments) == 0
+    assert "complete, nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([], "nothing to train on"), ([triplets()[0].model_copy(update={"rejected": triplets()[0].chosen})], "chosen equals rejected")],
+)
+def test_triplets_that_teach_nothing_end_with_exit_12(rows, message, tmp_path, capsys):
+    assert main(run_with(tmp_path / "run", folder(tmp_path / "model"), rows)) == 12
+    assert message in capsys.readouterr().err

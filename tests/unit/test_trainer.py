@@ -1,0 +1,218 @@
+"""The trainer: exact accumulation, the oracle, what is frozen, what is refused, what is learnt."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import KINDS, collator, examples, gradients, loss_of, student
+
+from shared.errors import TrainingError
+from shared.settings import TrainSettings
+from student_trainer.training.losses import score
+from student_trainer.training.student import adapt, freeze_lowest, load, native_bf16
+from student_trainer.training.trainer import LengthGrouped, OrpoTrainer, arguments, checkpoints
+
+
+def trainer(model, rows, folder, **settings):
+    """An OrpoTrainer and the list its log rows are put in."""
+    chosen = TrainSettings(**{"scheduler": "constant", "warmup_fraction": 0.0, "learning_rate": 1e-2, **settings})
+    log = []
+    made = OrpoTrainer(
+        model,
+        rows,
+        collator(model.kind, with_rejected=chosen.orpo_lambda > 0),
+        arguments(chosen, folder, seed=0),
+        orpo_lambda=chosen.orpo_lambda,
+        on_row=log.append,
+    )
+    return made, log
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_micro_batches_of_two_train_as_one_batch_of_eight(kind, tmp_path):
+    rows, weights, losses = examples(16, 2), [], []
+    for size, accumulation in ((8, 1), (2, 4)):
+        model = student(kind)
+        made, log = trainer(model, rows, tmp_path / str(size), batch_size=size, gradient_accumulation=accumulation, max_steps=4)
+        made.train()
+        losses.append([row.loss for row in log])
+        weights.append(model.trained())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    for name, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rejected", [1, 3])
+def test_loss_and_gradients_equal_those_of_trl(kind, rejected, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from datasets import Dataset
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    model, rows = student(kind), examples(4, rejected)
+    encoder_decoder = kind == "encoder-decoder"
+    options = {"report_to": [], "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "beta": 0.1}
+    oracle = ORPOTrainer(
+        model=model.model,
+        args=ORPOConfig(output_dir=str(tmp_path), max_completion_length=32, max_length=64, **options),
+        train_dataset=Dataset.from_dict({"prompt": ["w1"], "chosen": ["w2"], "rejected": ["w3"]}),
+        processing_class=tiny_models.tokenizer(appends_eos=encoder_decoder),
+    )
+
+    def padded(sequences, value):
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=value)
+
+    def batch(number):
+        """TRL takes one rejected response a row: the `number`th."""
+        sides = {"chosen": [r.chosen[0] for r in rows], "rejected": [r.rejected[number] for r in rows]}
+        prompts = [r.prompt for r in rows]
+        found = {"prompt_input_ids": padded(prompts, 0), "prompt_attention_mask": padded([[1] * len(p) for p in prompts], 0)}
+        for name, texts in sides.items():
+            if encoder_decoder:
+                found[f"{name}_labels"] = padded(texts, -100)
+                continue
+            found[f"{name}_input_ids"] = padded([[*p, *t] for p, t in zip(prompts, texts, strict=True)], 0)
+            found[f"{name}_attention_mask"] = padded([[1] * (len(p) + len(t)) for p, t in zip(prompts, texts, strict=True)], 0)
+            found[f"{name}_labels"] = padded([[*[-100] * len(p), *t] for p, t in zip(prompts, texts, strict=True)], -100)
+        return found
+
+    def trl_loss(number):
+        if encoder_decoder:
+            return oracle.get_batch_loss_metrics(model.model, batch(number))[0]
+        # TRL's NLL of a decoder-only model includes the prompt; the paper's (and ours) is of the response alone
+        chosen, rejected, *_ = oracle.concatenated_forward(model.model, batch(number))
+        lengths = torch.tensor([len(r.chosen[0]) for r in rows])
+        return -(chosen * lengths).sum() / lengths.sum() - oracle.odds_ratio_loss(chosen, rejected)[0].mean()
+
+    model.train()
+    theirs = sum(trl_loss(number) for number in range(rejected)) / rejected  # the NLL is the same in each
+    expected = gradients(model, theirs)
+    ours = loss_of(model, collator(kind)(rows))
+    found = gradients(model, ours)
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, atol=1e-5, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_examples_are_learnt_and_their_chosen_responses_preferred(kind, tmp_path):
+    made, log = trainer(student(kind).float(), examples(8, 2), tmp_path, batch_size=8, max_steps=40, checkpoint_steps=1000)
+    made.train()
+    assert log[-1].accuracy == 1.0
+    assert log[-1].nll < log[0].nll / 2
+    assert log[-1].margin > log[0].margin
+
+
+def test_lambda_zero_trains_without_pairs(tmp_path):
+    made, log = trainer(student("decoder-only").float(), examples(4), tmp_path, batch_size=4, max_steps=2, orpo_lambda=0.0)
+    made.train()
+    assert log[-1].loss < log[0].loss
+    assert log[0].loss == pytest.approx(log[0].nll)
+    assert log[0].odds_ratio is None
+
+
+def test_a_loss_that_is_not_finite_names_the_examples_and_keeps_the_checkpoint(tmp_path):
+    model = student("decoder-only").float()
+    made, log = trainer(model, examples(2), tmp_path, batch_size=2, max_steps=3, checkpoint_steps=1)
+
+    def spoil(row):
+        with torch.no_grad():
+            next(iter(model.trained().values())).fill_(math.nan)
+
+    made._on_row = lambda row: (log.append(row), spoil(row) if row.step == 2 else None)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 3, on examples e[01], e[01]"):
+        made.train()
+    assert checkpoints(tmp_path)
+
+
+def test_killed_after_the_last_step_it_takes_the_weights_of_the_last_checkpoint_and_trains_no_further(tmp_path):
+    first = student("decoder-only").float()
+    trainer(first, examples(6), tmp_path, batch_size=2, epochs=1.5)[0].go_on()
+    again = student("decoder-only").float()
+    made, log = trainer(again, examples(6), tmp_path, batch_size=2, epochs=1.5)
+    made.go_on()
+    assert not log
+    assert all(weight.equal(again.trained()[name]) for name, weight in first.trained().items())
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    lengths = list(range(40))
+    sampler = LengthGrouped(lengths, 4, seed=1)
+    first, again = list(sampler), list(sampler)
+    torch.rand(7)
+    assert first == again == list(LengthGrouped(lengths, 4, seed=1))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert sorted(sampler) == lengths
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_blocks_and_embeddings_get_no_gradient_and_keep_no_activations(kind):
+    model = student(kind)
+    batch = collator(kind)(examples(2))
+
+    def saved():
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            loss_of(model, batch)
+        return sum(sizes)
+
+    everything = saved()
+    freeze_lowest(model, 1)
+    assert saved() < 0.75 * everything
+    found = gradients(model, loss_of(model, batch))
+    assert found
+    assert not [name for name in found if ".layers.0." in name or ".block.0." in name or "shared" in name or "embed" in name]
+
+
+def test_freezing_every_layer_is_refused():
+    with pytest.raises(TrainingError, match=r"train\.frozen_layers=2 leaves nothing to train: the student has 2 layers"):
+        freeze_lowest(student("decoder-only"), 2)
+
+
+def test_lora_trains_linear_layers_above_the_frozen_ones_and_merges_to_the_same_scores():
+    model = student("decoder-only")
+    freeze_lowest(model, 1)
+    adapt(model, 4)
+    trained = model.trained()
+    assert trained
+    assert all("lora_" in name and ".layers.1." in name for name in trained)
+    with torch.no_grad():
+        for weight in trained.values():
+            weight.normal_(std=0.1)
+    batch = collator("decoder-only")(examples(2))
+    before = model(batch)
+    merged = model.merged()
+    model.model = merged
+    assert torch.allclose(before, model(batch), atol=1e-6)
+
+
+def test_bf16_scores_are_near_those_of_float32():
+    model = student("decoder-only").float()
+    batch = collator("decoder-only")(examples(4, 2))
+    exact = score(model(batch), batch["response"], batch["chosen"], batch["pairs"]).nll.item()
+    model.bf16 = True
+    rough = score(model(batch), batch["response"], batch["chosen"], batch["pairs"]).nll.item()
+    assert rough != exact
+    assert rough == pytest.approx(exact, rel=0.02)
+
+
+def test_a_model_of_absolute_positions_and_a_missing_folder_are_refused(tmp_path):
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    tiny = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 94}
+    bart = BartForConditionalGeneration(BartConfig(**tiny, encoder_attention_heads=1, decoder_attention_heads=1))
+    tiny_models.save_folder(bart, tiny_models.tokenizer(appends_eos=True), tmp_path)
+    with pytest.raises(TrainingError, match="encoder-decoder of type bart, whose absolute positions"):
+        load(tmp_path, TrainSettings(), bf16=False)
+    with pytest.raises(TrainingError, match=r"student\.model: cannot load"):
+        load(tmp_path / "nothing", TrainSettings(), bf16=False)
+
+
+def test_apple_processors_compute_in_float32():
+    assert not native_bf16(torch.device("mps"))
