@@ -101,7 +101,10 @@ class TeacherSettings(Section):
     @property
     def identity(self) -> str:
         """Who answers, independent of the port a launched teacher happens to get: part of every ledger key."""
-        return self.url or f"launch:{self.launch.engine}:{self.launch.model}"  # type: ignore[union-attr]
+        if self.url is not None:
+            return self.url
+        assert self.launch is not None  # one of the two is given
+        return f"launch:{self.launch.engine}" + (f":{self.launch.model}" if self.launch.engine == "local" else "")
 
 
 class HarvestSettings(Section):

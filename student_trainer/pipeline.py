@@ -65,10 +65,21 @@ def main(argv: list[str]) -> int:
             extra = ["--teacher-url", url] if url and command in ASKS_TEACHER else []
             _stage(command, shared + extra)
     _print_times(run, time.monotonic() - begun)
-    _stage("promote", shared)
+    if _rolled_back(out / "registry"):
+        print("promote: left as it is, since it was rolled back; `distill promote` serves this student again", flush=True)
+    else:
+        _stage("promote", shared)
     if arguments.no_serve:
         return 0
     return _run_child("serve", ["--registry", str(out / "registry"), "--port", str(arguments.port)])
+
+
+def _rolled_back(registry: Path) -> bool:
+    """Whether the last word on what is served was somebody's rollback, which a rerun must not undo."""
+    from shared.registry import history
+
+    events = history(registry)
+    return bool(events) and events[-1].what == "rolled back"
 
 
 def _dataset_flags(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def convert(model: str, out: Path, *, name: str, quantization: str) -> Path:
         decoder_start_token=tokenizer.convert_ids_to_tokens(start) if encoder_decoder and start is not None else None,
         chat_template=tokenizer.chat_template,
         max_input_tokens=getattr(config, "max_position_embeddings", None) or FALLBACK_INPUT_TOKENS,
-        quantization=quantization,  # type: ignore[arg-type]
+        quantization=quantization,
     )
     with new_directory(out) as folder:
         try:
