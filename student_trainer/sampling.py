@@ -14,7 +14,7 @@ from shared.settings import Recipe
 
 STAGE = "responses/student-r0"
 LEDGER = "responses.jsonl"
-CHUNK = 16
+CHUNK = 32
 """Prompts answered at once. Part of what is sampled: with other chunks the same seed gives other texts."""
 
 

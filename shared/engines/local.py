@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from shared.errors import EngineError, RequestRefused, TeacherUnavailable
 
 TOP_K = 50
 """Samples are drawn from the 50 likeliest tokens: without a bound CTranslate2 sorts the whole vocabulary at every step."""
+SEEDED_WORKERS = 2
+"""Workers of seeded sampling, each with a copy of the model. Part of what is sampled: with others the same seed gives other texts."""
 BATCH_ROWS = 32
 """Completions decoded side by side; more hardly raise the throughput of a processor and cost memory."""
 COMPUTE_TYPES = {"int8": "int8_float32", "float16": "float32", "float32": "float32"}
@@ -44,14 +47,15 @@ class _Prompt:
 class LocalModel:
     """A serving folder (model.bin, tokenizer.json, serving.json), loaded.
 
-    Not safe to call from several threads at once; `LocalEngine` is.
+    Not safe to call from several threads at once, but for `complete`; `LocalEngine` is.
     """
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         """`threads`: processor cores to use, all that this process may use by default. Raises EngineError."""
         self.config = _read_config(folder)
         self._folder = folder
-        self._threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        # batches side by side, one core each: several cores on the small matrices of one step mostly wait for each other
+        self.workers = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self._encoder = PromptEncoder.from_folder(folder, self.config)
         tokenizer = self._encoder.tokenizer
         self._eos = tokenizer.token_to_id(self.config.eos_token)
@@ -59,18 +63,18 @@ class LocalModel:
             raise EngineError(
                 f"{folder}: tokenizer.json has no token {self.config.eos_token!r}, as serving.json says; export the model again"
             )
-        self._engine: Any = self._load(self._workers)
+        self._engine: Any = self._load(self.workers, 1)
 
     @property
     def _encodes(self) -> bool:
         return self.config.kind == "encoder-decoder"
 
     @property
-    def _workers(self) -> int:
-        # an encoder-decoder gains from batches side by side on one core each; a decoder-only is bound by reading its weights
-        return self._threads if self._encodes else 1
+    def spread(self) -> int | None:
+        """Most tokens by which prompts of one batch may differ; None: any."""
+        return None if self._encodes else LENGTH_SPREAD
 
-    def _load(self, workers: int) -> Any:
+    def _load(self, workers: int, cores: int) -> Any:
         try:
             import ctranslate2
         except ImportError as exc:
@@ -82,7 +86,7 @@ class LocalModel:
                 device="cpu",
                 compute_type=COMPUTE_TYPES[self.config.quantization],
                 inter_threads=workers,
-                intra_threads=max(1, self._threads // workers),
+                intra_threads=cores,
             )
         except (RuntimeError, ValueError) as exc:
             raise EngineError(f"{self._folder} cannot be loaded, export the model again: {exc}") from exc
@@ -116,47 +120,61 @@ class LocalModel:
         machine; CTranslate2 draws from one generator a batch, so the seeds of single requests are not looked at.
         Raises RequestRefused (before any work) and EngineError.
         """
-        return self.complete([self.encode(request) for request in requests], seed=seed)
-
-    def complete(self, prompts: Sequence[_Prompt], *, seed: int | None = None) -> list[list[Completion]]:
-        """`generate`, of prompts that are encoded already."""
+        prompts = [self.encode(request) for request in requests]
         if seed is None or all(p.sampling.temperature == 0 for p in prompts):
-            return self._complete(prompts, self._workers)
-        # CTranslate2 seeds a worker's random numbers when it draws its first one: only a new worker obeys a seed, and only one
-        # worker takes its batches in a fixed order
+            return self._complete(prompts, [self._shared], self.workers)
+        self._engine = None  # more copies of a model than needed may not fit
+        return self._complete(prompts, [self._seeded(seed + i) for i in range(SEEDED_WORKERS)], SEEDED_WORKERS)
+
+    @property
+    def _shared(self) -> Any:
+        """The engine whose workers take batches as they come."""
+        if self._engine is None:
+            self._engine = self._load(self.workers, 1)
+        return self._engine
+
+    def _seeded(self, seed: int) -> Any:
+        """An engine whose only worker draws from this seed.
+
+        CTranslate2 seeds a worker when it draws its first number: only a new worker obeys a seed, and draws once here to take it.
+        """
         import ctranslate2
 
         ctranslate2.set_random_seed(seed % (2**32 - 1) + 1)  # 0 stands for "not seeded"
-        self._engine = None  # two copies of a model may not fit
-        self._engine = self._load(1)
-        try:
-            return self._complete(prompts, 1)
-        finally:
-            if self._workers > 1:
-                self._engine = self._load(self._workers)
+        engine = self._load(1, max(1, self.workers // SEEDED_WORKERS))
+        first = [[self.config.eos_token]]
+        if self._encodes:
+            engine.translate_batch(first, max_decoding_length=1, sampling_topk=2, beam_size=1)
+        else:
+            engine.generate_batch(first, max_length=1, sampling_topk=2)
+        return engine
 
-    def _complete(self, prompts: Sequence[_Prompt], workers: int) -> list[list[Completion]]:
+    def complete(self, prompts: Sequence[_Prompt]) -> list[list[Completion]]:
+        """`generate` on one core, of prompts that are encoded already; `workers` threads may call it at the same time."""
+        return self._complete(prompts, [self._shared], 1)
+
+    def _complete(self, prompts: Sequence[_Prompt], engines: Sequence[Any], workers: int) -> list[list[Completion]]:
         groups: dict[tuple[Sampling, int], list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
             groups[prompt.decoding].append(index)
         pending = []  # all batches are handed over before the first is awaited: no worker idles
         for (sampling, samples), indices in groups.items():
             rows = min(BATCH_ROWS, -(-len(indices) * samples // workers))
-            for batch in _batches(prompts, indices, max(1, rows // samples), None if self._encodes else LENGTH_SPREAD):
-                pending.append((batch, sampling, self._submit([prompts[i].tokens for i in batch], samples, sampling)))
+            for batch in _batches(prompts, indices, max(1, rows // samples), self.spread):
+                engine = engines[len(pending) % len(engines)]
+                pending.append((batch, sampling, self._submit(engine, [prompts[i].tokens for i in batch], samples, sampling)))
         results: list[list[Completion]] = [[] for _ in prompts]
         for batch, sampling, handles in pending:
-            shortest = len(prompts[batch[0]].tokens)
             for index, handle in zip(batch, handles, strict=True):
                 try:
-                    answers = self._ids(handle.result(), len(prompts[index].tokens) - shortest)
+                    answers = self._ids(handle.result())
                 except RuntimeError as exc:
                     raise EngineError(f"the model failed to answer: {exc}") from exc
                 completions = [self._completion(ids[: sampling.max_tokens], sampling.stop) for ids in answers]
                 results[index] = completions * prompts[index].n if sampling.temperature == 0 else completions
         return results
 
-    def _submit(self, tokens: list[list[str]], samples: int, sampling: Sampling) -> list[Any]:
+    def _submit(self, engine: Any, tokens: list[list[str]], samples: int, sampling: Sampling) -> list[Any]:
         """Start decoding one batch, shortest prompt first; one handle a prompt."""
         options: dict[str, Any] = {
             "beam_size": 1,
@@ -169,16 +187,13 @@ class LocalModel:
             options |= {"sampling_topk": TOP_K, "sampling_topp": sampling.top_p, "sampling_temperature": sampling.temperature}
         if self._encodes:
             options |= {"max_input_length": 0, "max_decoding_length": sampling.max_tokens, "min_decoding_length": 0}
-            return list(self._engine.translate_batch(tokens, **options))
-        # a decoder-only model reads at once only what the shortest prompt has; the rest of longer prompts comes back as if it
-        # were generated, and counts as such
-        length = sampling.max_tokens + len(tokens[-1]) - len(tokens[0])
-        return list(self._engine.generate_batch(tokens, max_length=length, include_prompt_in_result=False, **options))
+            return list(engine.translate_batch(tokens, **options))
+        return list(engine.generate_batch(tokens, max_length=sampling.max_tokens, include_prompt_in_result=False, **options))
 
-    def _ids(self, result: Any, prompt_rest: int) -> list[list[int]]:
-        """Token ids of each sample with the token that ended it, without the `prompt_rest` tokens of the prompt before them."""
+    def _ids(self, result: Any) -> list[list[int]]:
+        """Token ids of each sample, with the token that ended it."""
         if not self._encodes:
-            return [ids[prompt_rest:] for ids in result.sequences_ids]
+            return list(result.sequences_ids)
         to_id = self._encoder.tokenizer.token_to_id
         # T5's matrices have more rows than its vocabulary has words: such a row is a token without text
         return [[i for token in tokens if (i := to_id(token)) is not None] for tokens in result.hypotheses]
@@ -203,11 +218,14 @@ class LocalModel:
 
 
 def _batches(prompts: Sequence[_Prompt], indices: list[int], size: int, spread: int | None) -> Iterator[list[int]]:
-    """Indices in batches of at most `size` prompts whose lengths differ by at most `spread` tokens, shortest first."""
+    """Indices in batches of at most `size` prompts whose lengths differ by at most `spread` tokens, shortest first.
+
+    A prompt of one token never shares a batch with longer ones: CTranslate2 4.8 would give back the rest of theirs as an answer.
+    """
     batch: list[int] = []
     for index in sorted(indices, key=lambda i: len(prompts[i].tokens)):
-        too_long = spread is not None and batch and len(prompts[index].tokens) - len(prompts[batch[0]].tokens) > spread
-        if len(batch) == size or too_long:
+        first, this = (len(prompts[i].tokens) for i in (batch[0] if batch else index, index))
+        if len(batch) == size or (spread is not None and (this - first > spread or first == 1 < this)):
             yield batch
             batch = []
         batch.append(index)
@@ -227,7 +245,9 @@ def _read_config(folder: Path) -> ServingConfig:
 
 
 class LocalEngine:
-    """An `Engine` over a `LocalModel`: while one batch is decoded requests queue up, then those of equal decoding go out together.
+    """An `Engine` over a `LocalModel`: while batches are decoded, one a core, requests queue up; then those alike go out together.
+
+    Alike are requests of equal decoding, and for a decoder-only model of like length.
 
     Seeds are not looked at (see `LocalModel.generate`). Belongs to the event loop that first asks it.
     """
@@ -237,7 +257,7 @@ class LocalEngine:
         self._model, self._max_batch, self._max_waiting = model, max_batch, max_waiting
         self._waiting: deque[tuple[_Prompt, asyncio.Future[list[Completion]]]] = deque()
         self._arrived = asyncio.Event()
-        self._worker: asyncio.Task[None] | None = None
+        self._workers: list[asyncio.Task[None]] = []
         self._closed = False
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
@@ -246,8 +266,8 @@ class LocalEngine:
         prompt = self._model.encode(request)
         if len(self._waiting) >= self._max_waiting:
             raise TeacherUnavailable("too many requests are waiting; try again", retry_after_s=1.0)
-        if self._worker is None:
-            self._worker = asyncio.create_task(self._work())
+        if not self._workers:
+            self._workers = [asyncio.create_task(self._work()) for _ in range(self._model.workers)]
         answer: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
         self._waiting.append((prompt, answer))
         self._arrived.set()
@@ -258,11 +278,10 @@ class LocalEngine:
             raise TeacherUnavailable("shutting down")
 
     async def aclose(self) -> None:
-        """Finish the batch that is being decoded, refuse those that wait."""
+        """Finish the batches that are being decoded, refuse those that wait."""
         self._closed = True
         self._arrived.set()
-        if self._worker is not None:
-            await self._worker
+        await asyncio.gather(*self._workers)
         for _, answer in self._waiting:
             if not answer.done():
                 answer.set_exception(TeacherUnavailable("shutting down"))
@@ -286,15 +305,19 @@ class LocalEngine:
                     answer.set_result(completions)
 
     def _next_batch(self) -> list[tuple[_Prompt, asyncio.Future[list[Completion]]]]:
-        """The oldest request and all that can share its batch; those whose asker has gone are dropped."""
+        """The oldest request and those that share its batch best; requests whose asker has gone are dropped."""
         self._waiting = deque(item for item in self._waiting if not item[1].done())
-        batch: list[tuple[_Prompt, asyncio.Future[list[Completion]]]] = []
-        others: deque[tuple[_Prompt, asyncio.Future[list[Completion]]]] = deque()
-        for item in self._waiting:
-            decoding = item[0].decoding
-            if not batch or (decoding == batch[0][0].decoding and (len(batch) + 1) * decoding[1] <= self._max_batch):
-                batch.append(item)
-            else:
-                others.append(item)
-        self._waiting = others
+        if not self._waiting:
+            return []
+        oldest = self._waiting[0][0]
+        size = max(1, self._max_batch // oldest.decoding[1])
+        spread = math.inf if self._model.spread is None else self._model.spread / 2  # to either side
+        alike = [
+            (distance, place)
+            for place, (prompt, _) in enumerate(self._waiting)
+            if prompt.decoding == oldest.decoding and (distance := abs(len(prompt.tokens) - len(oldest.tokens))) <= spread
+        ]
+        taken = {place for _, place in sorted(alike)[:size]}
+        batch = [item for place, item in enumerate(self._waiting) if place in taken]
+        self._waiting = deque(item for place, item in enumerate(self._waiting) if place not in taken)
         return batch

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import socket
-import sys
 import threading
 from types import FrameType
 
@@ -48,7 +48,8 @@ def serve(app: FastAPI, *, host: str, port: int, name: str, until_stdin_closes: 
     if until_stdin_closes:
 
         def wait_for_the_end() -> None:
-            sys.stdin.buffer.read()
+            while os.read(0, 4096):  # not sys.stdin: its lock, held by this thread, would abort the interpreter's end
+                pass
             stop()
 
         threading.Thread(target=wait_for_the_end, daemon=True).start()

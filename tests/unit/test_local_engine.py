@@ -147,14 +147,15 @@ class SlowModel:
     """Stands for a LocalModel: answers with the prompt, `open` lets a batch go, keeps the size of every batch."""
 
     def __init__(self) -> None:
-        self.open, self.batches, self.fails = threading.Semaphore(0), [], False
+        self.open, self.batches, self.fails, self.workers = threading.Semaphore(0), [], False, 1
+        self.spread = 16
 
     def encode(self, request: GenerationRequest) -> Any:
         if request.prompt == "too long":
             raise RequestRefused("too long")
         from shared.engines.local import _Prompt
 
-        return _Prompt([request.prompt or ""], request.n, request.sampling)
+        return _Prompt((request.prompt or "").split() or [""], request.n, request.sampling)
 
     def complete(self, prompts: list[Any]) -> list[list[Completion]]:
         self.open.acquire()
@@ -201,6 +202,25 @@ def test_requests_that_arrive_while_a_batch_is_decoded_share_the_next_one() -> N
         assert [a[0].text for a in answers] == ["a", "b", "c", "d", "e"]
 
     assert scenario(steps).batches == [["a"], ["b", "c", "e"], ["d"]]
+
+
+def test_prompts_of_like_length_share_a_batch_and_the_oldest_is_never_passed_over() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        first = await started(engine, ask("a"))
+        rest = await started(engine, ask("b " * 40), ask("c"), ask("d " * 41), ask("e"))
+        for _ in range(3):
+            model.open.release()
+        await asyncio.gather(*first, *rest)
+
+    assert scenario(steps).batches == [["a"], ["b", "d"], ["c", "e"]]
+
+
+def test_a_prompt_of_one_token_beside_longer_ones_changes_no_answer(loaded: dict[str, LocalModel]) -> None:
+    model = loaded["decoder-only"]
+    requests = [ask(text, max_tokens=8) for text in ("word5", "word1 word2", "word7 word3 word9 word4")]
+    assert len(model.encode(requests[0]).tokens) == 1
+    together, alone = model.generate(requests), [model.generate([r])[0] for r in requests]
+    assert together == alone
 
 
 def test_a_batch_holds_no_more_completions_than_allowed() -> None:
