@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -191,4 +192,7 @@ def _quiet() -> dict[str, str]:
 
 def _print_times(run: Run, wall: float) -> None:
     rows = [(folder, manifest.seconds) for folder in ("dataset", *STAGES.values()) if (manifest := run.manifest(folder))]
-    print("\ntime by stage (s):  " + "  ".join(f"{folder} {seconds:.0f}" for folder, seconds in rows) + f"  | this command {wall:.0f}")
+    # kilobytes on Linux, bytes on macOS
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    print("\ntime by stage (s):  " + "  ".join(f"{folder} {seconds:.0f}" for folder, seconds in rows))
+    print(f"this command: {wall:.0f} s; its largest process took {peak:,.0f} MB\n", flush=True)

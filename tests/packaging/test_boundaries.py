@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def test_our_top_level_names_belong_to_our_distribution_alone() -> None:
             [sys.executable, "-c", f"import {name}; print({name}.__file__)"], capture_output=True, text=True, check=True, cwd="/"
         )
         assert Path(imported.stdout.strip()) == ROOT / name / "__init__.py"
+
+
+def test_the_wheel_holds_our_packages_with_their_data_and_nothing_else(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    adapter = {f"shared/embedded/adapter/{file}" for file in ("adapter_model.safetensors", "adapter_config.json", "rows.json", "README.md")}
+    assert names >= {"shared/datasets/sample.jsonl", "evaluator/report/page.html.j2", *adapter}
+    top = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
+    assert top == {"shared", "teacher_service", "student_trainer", "evaluator"}
 
 
 def test_tests_and_docker_are_no_packages() -> None:
