@@ -157,7 +157,8 @@ class LocalModel:
         groups: dict[tuple[Sampling, int], list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
             groups[prompt.decoding].append(index)
-        pending = []  # all batches are handed over before the first is awaited: no worker idles
+        # all batches are handed over before the first is awaited: no worker idles
+        pending: list[tuple[list[int], Sampling, list[Any]]] = []
         for (sampling, samples), indices in groups.items():
             rows = min(BATCH_ROWS, -(-len(indices) * samples // workers))
             for batch in _batches(prompts, indices, max(1, rows // samples), self.spread):

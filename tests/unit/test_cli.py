@@ -71,7 +71,7 @@ def test_a_wrong_option_ends_with_the_code_of_wrong_settings() -> None:
 
 
 def test_every_error_is_one_line_and_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    documented = dict(re.findall(r"^ +(\w+) +(\d+)(?: |$)", errors.__doc__ or "", re.MULTILINE))
+    documented = dict(re.findall(r"^ *(\w+) +(\d+)(?: |$)", errors.__doc__ or "", re.MULTILINE))
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.DistillError)]
     assert {c.__name__ for c in classes} == set(documented)
     for error in classes:

@@ -142,7 +142,7 @@ def test_a_wrong_flag_is_refused(flags: dict[str, Any], said: str) -> None:
 
 def test_a_flag_may_take_a_setting_back_and_give_another_in_its_place(tmp_path: Path) -> None:
     recipe = load(tmp_path, teacher__url=None, **{"teacher.launch.engine": "scripted"})
-    assert recipe.teacher.identity.startswith("launch:scripted:")
+    assert recipe.teacher.identity.startswith("launch:scripted")
 
 
 def test_settings_of_procedure_are_settings() -> None:
