@@ -71,7 +71,10 @@ def main(argv: list[str]) -> int:
     else:
         _stage("promote", shared)
     if arguments.no_serve:
+        print(f"to serve it: distill serve --registry {out / 'registry'}")
         return 0
+    ask = """-H 'content-type: application/json' -d '{"question": "..."}'"""
+    print(f"to ask it: curl http://127.0.0.1:{arguments.port}/v1/generate {ask}", flush=True)
     return _run_child("serve", ["--registry", str(out / "registry"), "--port", str(arguments.port)])
 
 
