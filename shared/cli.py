@@ -23,6 +23,10 @@ COMMANDS = {
 }
 
 
+PART_OF_A_RUN = "_DISTILL_PART_OF_A_RUN"
+"""Set by `distill run` for the stages it starts."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0, that of its error class (shared/errors.py), or 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
@@ -53,9 +57,13 @@ def main(argv: list[str] | None = None) -> int:
         return exc.exit_code
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not garble the farewell
-        import shlex
+        if not os.environ.get(PART_OF_A_RUN):  # else the whole run tells how to go on
+            import shlex
+            import shutil
 
-        print(f"\nstopped; everything done so far is kept. To go on:\n  distill {shlex.join(argv)}", file=sys.stderr)
+            name = os.path.basename(sys.argv[0])
+            ours = sys.argv[0] if name == "distill" and not shutil.which(name) else "distill"
+            print(f"\nstopped; everything done so far is kept. To go on:\n  {ours} {shlex.join(argv)}", file=sys.stderr)
         return INTERRUPTED
 
 

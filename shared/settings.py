@@ -57,6 +57,18 @@ class DatasetSettings(Section):
     test_limit: int | None = Field(None, ge=1)
     """Use only the first rows of the test split."""
 
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> DatasetSettings:
+        if self.path is not None and self.hub is not None:
+            raise ValueError("path and hub: give one of them")
+        if self.name == "sample" and self.path is not None:
+            raise ValueError("path: the sample is embedded; set name to file (a .jsonl or .csv) or meqsum (its .xlsx) to read a path")
+        if self.name != "meqsum" and self.hub is not None:
+            raise ValueError("hub: only name meqsum is read from the Hub; save another data set as .jsonl and set name to file")
+        if self.name != "file" and (self.question_column, self.summary_column) != ("question", "summary"):
+            raise ValueError(f"question_column, summary_column: only name file has columns of your own; {self.name} knows its own")
+        return self
+
 
 class TaskSettings(Section):
     """What is asked of teacher and student alike; the words stand in shared/prompts.py."""
@@ -97,6 +109,23 @@ class TeacherSettings(Section):
         if (self.url is None) == (self.launch is None):
             raise ValueError("give exactly one of url and launch")
         return self
+
+    def address(self, given: str | None) -> str:
+        """Where to ask; `given` is the URL at which a launched teacher is found today.
+
+        Raises SettingsError without a URL, and for one that is not the recipe's: its answers would pass as the recipe's.
+        """
+        if given and self.url and given.rstrip("/") != self.url.rstrip("/"):
+            raise SettingsError(
+                f"--teacher-url {given}: the recipe's teacher is {self.url}; "
+                f"to ask another one, give --set teacher.url={given} and another --out"
+            )
+        url = given or self.url
+        if url is None:
+            raise SettingsError(
+                "teacher.url: the recipe launches its teacher; give --teacher-url (`distill run` starts it and does so itself)"
+            )
+        return url
 
     @property
     def identity(self) -> str:

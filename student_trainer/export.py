@@ -28,8 +28,10 @@ def main(argv: list[str]) -> int:
     with new_directory(stage.path) as folder:
         shutil.copytree(student, folder / "hf", copy_function=_link)
         convert(str(student), folder / "serving", name=recipe.name, quantization=recipe.export.quantization)
-        write_atomic(folder / "README.md", model_card(run))
-    stage.finish([stage.path / "hf", stage.path / "serving", stage.path / "README.md"], settings=recipe.export.model_dump(mode="json"))
+        origin = origin_of(recipe.student.model)
+        write_atomic(folder / "README.md", model_card(run, origin))
+    settings = {**recipe.export.model_dump(mode="json"), "base_model": origin}
+    stage.finish([stage.path / "hf", stage.path / "serving", stage.path / "README.md"], settings=settings)
     size = os.path.getsize(stage.path / "serving" / "model.bin")
     print(f"export: {stage.path}/serving, {recipe.export.quantization}, {size / 1e6:.0f} MB")
     return 0
@@ -47,15 +49,28 @@ def _link(source: str, target: str) -> str:
         return str(shutil.copy2(source, target))
 
 
-def model_card(run: Run) -> str:
+def origin_of(reference: str) -> dict[str, str]:
+    """Where the undistilled student came from: name, and for embedded weights licence, package and hashes."""
+    from pathlib import Path
+
+    from shared.artifacts import read_json
+    from shared.models import hugging_face_model
+
+    file = Path(hugging_face_model(reference)) / "origin.json"
+    return {"reference": reference, **(read_json(file) if file.exists() else {})}
+
+
+def model_card(run: Run, origin: dict[str, str]) -> str:
     """The card in the Hub's format: what the model learned from whom."""
     recipe = run.recipe
+    licence = f"license: {origin['license'].lower()}\n" if "license" in origin else ""
+    came_from = "; ".join(f"{key} {value}" for key, value in origin.items())
     harvest, triplets = run.manifest("responses/teacher"), run.manifest("triplets/r0")
     answers = harvest.counts.get("answers", "?") if harvest else "?"
     pairs = triplets.counts.get("triplets", "?") if triplets else "?"
     return f"""---
 base_model: {recipe.student.model}
-tags: [blackbox-distill, orpo, knowledge-distillation]
+{licence}tags: [blackbox-distill, orpo, knowledge-distillation]
 ---
 # {recipe.name}
 
@@ -63,6 +78,7 @@ tags: [blackbox-distill, orpo, knowledge-distillation]
 with ORPO (lambda {recipe.train.orpo_lambda}) on {pairs} triplets chosen out of {answers} teacher answers; data set `{recipe.dataset.name}`.
 
 - `hf/`: Hugging Face format. `serving/`: CTranslate2, {recipe.export.quantization}.
+- Base model: {came_from}.
 - Task: {recipe.task.instruction or "summarise a health message as one short question"}
 - The licences of the base model, of the teacher's terms of use and of the data apply.
 - Not medical advice: it restates questions and must not be used to answer them.

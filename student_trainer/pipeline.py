@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from shared.cli import PART_OF_A_RUN
 from shared.commands import assignments
 from shared.errors import INTERRUPTED, DistillError, SettingsError, TeacherUnavailable
 
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory; default: runs/RECIPE-NAME")
     parser.add_argument("--dataset", metavar="NAME", help="sample, meqsum, or the path of a .jsonl, .csv or MeQSum .xlsx file")
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first N rows of the train split")
+    parser.add_argument("--retry-failed", action="store_true", help="ask the teacher again for the samples that failed")
     parser.add_argument("--no-serve", action="store_true", help="end after the evaluation and the promotion")
     parser.add_argument("--port", type=int, default=8080, help="of the student's server; default 8080")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="one recipe setting")
@@ -48,6 +50,7 @@ def main(argv: list[str]) -> int:
 
     from shared.artifacts import Run
     from shared.settings import RESERVED, Recipe, load_settings
+    from student_trainer.progress import unfinished
 
     flags = {**assignments(arguments.settings), **_dataset_flags(arguments)}
     recipe = load_settings(Recipe, flags=flags, yaml_file=arguments.recipe, reserved=RESERVED)
@@ -57,13 +60,18 @@ def main(argv: list[str]) -> int:
     for name, value in flags.items():
         shared += ["--set", f"{name}={_yaml_scalar(value)}"]
 
+    if not arguments.no_serve:
+        _refuse_taken_port(arguments.port)
     begun = time.monotonic()
     print(f"run {out}: recipe {recipe.name}, student {recipe.student.model}, teacher {recipe.teacher.identity}", flush=True)
-    left = [command for command, folder in STAGES.items() if run.manifest(folder) is None]
-    teacher = recipe.teacher.launch if any(c in left for c in ASKS_TEACHER) else None
+    left = unfinished(out)
+    asks = arguments.retry_failed or any(STAGES[command] in left for command in ASKS_TEACHER)
+    teacher = recipe.teacher.launch if asks else None
     with _teacher(run, teacher) if teacher else nullcontext() as url:
         for command in STAGES:
             extra = ["--teacher-url", url] if url and command in ASKS_TEACHER else []
+            if arguments.retry_failed and command == "harvest":
+                extra.append("--retry-failed")
             _stage(command, shared + extra)
     _print_times(run, time.monotonic() - begun)
     if _rolled_back(out / "registry"):
@@ -75,7 +83,7 @@ def main(argv: list[str]) -> int:
         return 0
     ask = """-H 'content-type: application/json' -d '{"question": "..."}'"""
     print(f"to ask it: curl http://127.0.0.1:{arguments.port}/v1/generate {ask}", flush=True)
-    return _run_child("serve", ["--registry", str(out / "registry"), "--port", str(arguments.port)])
+    return _become("serve", ["--registry", str(out / "registry"), "--port", str(arguments.port)])
 
 
 def _rolled_back(registry: Path) -> bool:
@@ -128,13 +136,27 @@ class StageFailed(DistillError):
 
 
 def _run_child(command: str, options: list[str]) -> int:
-    """Run `distill COMMAND` to its end; a Ctrl-C reaches the child by itself, so wait for it to save and stop."""
-    child = subprocess.Popen([sys.executable, "-m", "shared.cli", command, *options], env=_quiet())
-    while True:
+    """Run `distill COMMAND` to its end. Raises KeyboardInterrupt after a Ctrl-C, once the child has saved and stopped."""
+    child = subprocess.Popen([sys.executable, "-m", "shared.cli", command, *options], env={**_quiet(), PART_OF_A_RUN: "1"})
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
         try:
-            return child.wait()
-        except KeyboardInterrupt:
-            continue
+            child.wait(10)  # a terminal has told it already
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGINT)  # `kill -INT` of this process alone has not
+            child.wait()
+        raise
+    finally:
+        if child.poll() is None:  # a second Ctrl-C: it gives up what it was saving, as asked
+            child.kill()
+            child.wait()
+
+
+def _become(command: str, options: list[str]) -> NoReturn:
+    """Go on as `distill COMMAND`, in place of this process: whoever ends this one ends it."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "shared.cli", command, *options])
 
 
 @contextmanager
@@ -181,6 +203,16 @@ def _wait_until_ready(process: subprocess.Popen[bytes], base: str, log: Path) ->
             time.sleep(0.2)
     tail = log.read_text(errors="replace").strip().splitlines()[-5:]
     raise TeacherUnavailable(f"the launched teacher did not become ready; the end of {log}:\n  " + "\n  ".join(tail))
+
+
+def _refuse_taken_port(port: int) -> None:
+    """Tell now what would otherwise come to light after all the work."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as exc:
+            raise SettingsError(f"--port {port}: {exc.strerror}; give another --port for the student's server, or --no-serve") from exc
 
 
 def _free_port() -> int:

@@ -41,6 +41,13 @@ def report(run: Path) -> str:
     return "\n".join([f"{run}: recipe {name}, begun {created}", "", *lines])
 
 
+def unfinished(run: Path) -> list[str]:
+    """The stages that are missing, partial or outdated. Raises DataError for a damaged manifest."""
+    manifests = {stage: manifest for stage in STAGES if (manifest := _manifest(run / stage / "manifest.json"))}
+    made = {ref for manifest in manifests.values() for ref in manifest.outputs}
+    return [stage for stage in STAGES if _line(run, stage, manifests.get(stage), made)[1] != "done"]
+
+
 def _line(run: Path, stage: str, manifest: Manifest | None, made: set[FileRef]) -> tuple[str, str, str, str, str]:
     folder = run / stage
     rows = _rows(folder)

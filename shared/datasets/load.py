@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from shared.datasets.rows import Dataset
-from shared.errors import SettingsError
 from shared.settings import DatasetSettings
 
 
@@ -14,10 +13,6 @@ def load(settings: DatasetSettings, cache: Path) -> Dataset:
 
     Raises SettingsError for settings that do not fit together, DataError for a file that cannot be used.
     """
-    if settings.path is not None and settings.hub is not None:
-        raise SettingsError("dataset.path and dataset.hub: give one of them")
-    if settings.hub is not None and settings.name != "meqsum":
-        raise SettingsError(f"dataset.hub is for dataset.name=meqsum, not {settings.name}; remove it")
     if settings.name == "sample":
         from shared.datasets.sample import load_sample
 

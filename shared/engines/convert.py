@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import ctranslate2
 from transformers import AutoConfig, AutoTokenizer
@@ -18,13 +19,31 @@ FALLBACK_INPUT_TOKENS = 512
 """Of models that state no limit: T5 has none, and was trained on this many."""
 
 
+class _Converter(ctranslate2.converters.TransformersConverter):  # type: ignore[misc]
+    """CTranslate2's own, told the truth about T5.
+
+    It takes `tie_word_embeddings` to mean that a T5's logits are scaled by d_model ** -0.5. transformers 5 sets that flag for
+    every T5 and keeps the truth in `scale_decoder_outputs`; flan-T5's logits would come out divided by 27.7, and its samples
+    as noise, though not its greedy answers.
+    """
+
+    def load_model(self, model_class: Any, model_name_or_path: str, **kwargs: Any) -> Any:
+        model = super().load_model(model_class, model_name_or_path, **kwargs)
+        if hasattr(model.config, "scale_decoder_outputs"):
+            model.config.tie_word_embeddings = model.config.scale_decoder_outputs
+        return model
+
+
 def convert(model: str, out: Path, *, name: str, quantization: str) -> Path:
     """Convert `model` (Hub name or folder) into the serving folder `out`, whole or not at all.
 
-    Raises EngineError for a model that CTranslate2 does not know or that has no fast tokenizer.
+    Raises EngineError for a model that cannot be found, that CTranslate2 does not know or that has no fast tokenizer.
     """
-    config = AutoConfig.from_pretrained(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as exc:
+        raise EngineError(f"cannot load the model {model}: {exc}") from exc
     if not tokenizer.is_fast:
         raise EngineError(f"{model} has no fast tokenizer, which serving needs (a tokenizer.json)")
     if tokenizer.eos_token is None:
@@ -43,8 +62,10 @@ def convert(model: str, out: Path, *, name: str, quantization: str) -> Path:
     )
     with new_directory(out) as folder:
         try:
-            ctranslate2.converters.TransformersConverter(model).convert(str(folder), quantization=quantization, force=True)
-        except ValueError as exc:  # "No conversion is registered for the model configuration ..."
+            _Converter(model).convert(str(folder), quantization=quantization, force=True)
+        except (OSError, ValueError) as exc:
+            if isinstance(exc, OSError) and exc.errno is not None:  # the disk's fault, not the model's
+                raise
             raise EngineError(f"{model} cannot be converted for serving: {exc}") from exc
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         write_atomic(folder / "serving.json", serving.model_dump_json(indent=2) + "\n")

@@ -66,11 +66,20 @@ class HttpEngine:
         """At most `request.n` completions, in the server's order.
 
         Raises TeacherUnavailable after `max_attempts` attempts, TeacherRejected if retrying cannot help, RequestRefused for
-        this request alone: HTTP 400, 413, 422, or an answer that ended in another way than by a stop or at its length.
+        this request alone: HTTP 400, 413, 422, or no answer that ended by a stop or at its length. Where some of several
+        answers ended in another way (filtered, say), the others are returned.
         """
         path, body = self._body(request)
         choices = self._choices(await self._ask("POST", path, body), self._url(path))
-        return [self._completion(choice, self._url(path)) for choice in choices[: request.n]]
+        completions, refused = [], None
+        for choice in choices[: request.n]:
+            try:
+                completions.append(self._completion(choice, self._url(path)))
+            except RequestRefused as exc:
+                refused = exc
+        if refused is not None and not completions:
+            raise refused
+        return completions
 
     async def check(self) -> None:
         """Return if the server lists its models. One attempt. Raises TeacherUnavailable, TeacherRejected."""

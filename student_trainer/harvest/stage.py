@@ -11,9 +11,9 @@ from shared.collect import Ask, Collected, answers, collect
 from shared.contracts import Example, GenerationRequest, Response, Sampling
 from shared.datasets.stage import prepare, shots
 from shared.engines import Engine
-from shared.errors import HarvestTooThin, SettingsError
+from shared.errors import HarvestTooThin
 from shared.prompts import messages, plain
-from shared.settings import Recipe, TeacherSettings, read_secret
+from shared.settings import Recipe, read_secret
 
 STAGE = "responses/teacher"
 LEDGER = "responses.jsonl"
@@ -32,7 +32,7 @@ def harvest(run: Run, *, teacher_url: str | None = None, retry_failed: bool = Fa
     if stage.complete and not retry_failed:
         print(f"{STAGE}: complete, nothing to do")
         return 0
-    url = address(recipe.teacher, teacher_url)
+    url = recipe.teacher.address(teacher_url)
     key = read_secret(recipe.teacher.api_key, recipe.teacher.api_key_file, "teacher.api_key")
     asks = teacher_asks(run, train)
     with Ledger(stage.path / LEDGER, Response) as ledger:
@@ -43,19 +43,6 @@ def harvest(run: Run, *, teacher_url: str | None = None, retry_failed: bool = Fa
     stage.finish([stage.path / LEDGER], settings=settings, counts=collected.counts())
     print(f"{STAGE}: {collected.explain()}")
     return 0
-
-
-def address(teacher: TeacherSettings, given: str | None) -> str:
-    """Where to ask. Raises SettingsError without a URL, and for one that is not the recipe's: its answers would pass as the recipe's."""
-    if given and teacher.url and given.rstrip("/") != teacher.url.rstrip("/"):
-        raise SettingsError(
-            f"--teacher-url {given}: the recipe's teacher is {teacher.url}; "
-            f"to ask another one, give --set teacher.url={given} and another --out"
-        )
-    url = given or teacher.url
-    if url is None:
-        raise SettingsError("teacher.url: the recipe launches its teacher; give --teacher-url (`distill run` starts it and does so itself)")
-    return url
 
 
 def teacher_asks(run: Run, examples: Sequence[Example]) -> list[Ask]:

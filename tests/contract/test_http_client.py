@@ -90,6 +90,11 @@ def test_a_plain_prompt_is_asked_with_the_standard_fields_alone() -> None:
     assert httpx.Response(200, content=request.content).json() == expected
 
 
+def test_one_filtered_answer_does_not_cost_the_others() -> None:
+    server = Server(choices("content_filter", "stop"))
+    assert server.ask() == [Completion(text="text 1", finish_reason="stop")]
+
+
 def test_a_slash_at_the_end_of_the_url_changes_nothing() -> None:
     server = Server(choices("stop"))
     server.ask(url=URL + "/")
@@ -112,7 +117,7 @@ def test_null_content_is_an_empty_answer() -> None:
 
 @pytest.mark.parametrize("reason", ["content_filter", "tool_calls", None])
 def test_an_answer_that_ended_in_another_way_is_refused_by_its_reason(reason: str | None) -> None:
-    error = failure(Server(choices("stop", reason)))
+    error = failure(Server(choices(reason, reason)))
     assert isinstance(error, RequestRefused)
     assert repr(reason) in str(error)
 

@@ -37,8 +37,6 @@ def run_stage(run, *, teacher=None, base=None, distilled=None):
     """Evaluate with fakes; a fake that is not given must not be needed."""
     evaluate(
         run.stage("evaluation", ["dataset", "model"]),
-        teacher_identity=run.recipe.teacher.identity,
-        teacher_model="teacher",
         open_teacher=(lambda: teacher) if teacher else unasked,
         load_base=(lambda: base) if base else unasked,
         load_distilled=(lambda: distilled) if distilled else unasked,
@@ -288,4 +286,4 @@ def test_a_stopped_evaluation_keeps_every_answer_that_came_and_goes_on_from_ther
 def test_a_key_file_that_cannot_be_read_is_named(tmp_path, run):
     teacher = run.recipe.teacher.model_copy(update={"api_key_file": tmp_path / "none"})
     with pytest.raises(SettingsError, match="none"):
-        open_teacher(teacher, "http://127.0.0.1:9/v1", "teacher")
+        open_teacher(teacher, "http://127.0.0.1:9/v1")

@@ -110,14 +110,27 @@ def test_rows_survive_being_written_and_read(texts: list[str]) -> None:
 
 def test_a_run_goes_on_with_its_own_recipe_and_refuses_another_with_the_difference_shown(tmp_path: Path) -> None:
     Run.open(tmp_path / "run", recipe())
+    (tmp_path / "run" / "dataset").mkdir()
     Run.open(tmp_path / "run", recipe())
     with pytest.raises(RunMismatch) as caught:
         Run.open(tmp_path / "run", recipe(seed=4, train=TrainSettings(epochs=9)))
     assert "seed: the run has 0, you ask for 4; train.epochs: the run has 3.0, you ask for 9.0" in str(caught.value)
 
 
+def test_a_run_that_failed_before_it_did_anything_may_be_begun_again_with_mended_settings(tmp_path: Path) -> None:
+    Run.open(tmp_path / "run", recipe())
+    (tmp_path / "run" / ".locks").mkdir()
+    (tmp_path / "run" / "teacher.log").touch()
+    Run.open(tmp_path / "run", recipe(seed=4))
+    (tmp_path / "run" / "dataset").mkdir()
+    Run.open(tmp_path / "run", recipe(seed=4))
+    with pytest.raises(RunMismatch, match="seed: the run has 4, you ask for 0"):
+        Run.open(tmp_path / "run", recipe())
+
+
 def test_a_run_may_go_on_with_more_patience_and_another_concurrency(tmp_path: Path) -> None:
     Run.open(tmp_path / "run", recipe())
+    (tmp_path / "run" / "dataset").mkdir()
     patient = Recipe(name="r", teacher=TeacherSettings(url="http://t/v1", timeout_s=999, max_attempts=9))
     Run.open(tmp_path / "run", patient)
     Run.open(tmp_path / "run", recipe(harvest=HarvestSettings(concurrency=1, max_failed_fraction=0.5)))

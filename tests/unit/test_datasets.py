@@ -360,13 +360,6 @@ def test_a_hub_data_set_that_cannot_be_read_names_the_setting(tmp_path: Path) ->
         load(meqsum(hub=str(tmp_path / "empty")), tmp_path)
 
 
-def test_path_and_hub_together_and_hub_for_another_set_are_refused() -> None:
-    with pytest.raises(SettingsError, match="give one of them"):
-        load(meqsum(path="a.xlsx", hub="x/y"), CACHE)
-    with pytest.raises(SettingsError, match=r"dataset.hub is for dataset.name=meqsum"):
-        load(DatasetSettings(hub="x/y"), CACHE)
-
-
 # --- the stage
 
 

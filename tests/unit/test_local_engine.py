@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import ctranslate2
 import pytest
 import torch
 from tiny_servable import WORDS, servable_llama, servable_t5
@@ -62,6 +63,25 @@ def test_greedy_text_is_that_of_transformers(folders: dict[str, tuple[Path, Path
         expected.append(tokenizer.decode(ids[inputs["input_ids"].shape[1] :] if kind == "decoder-only" else ids, skip_special_tokens=True))
     assert len(set(expected)) > 3  # else equal texts would prove little
     assert [completions[0].text for completions in model.generate(asks())] == expected
+
+
+def test_a_converted_t5_gives_the_probabilities_of_transformers_not_their_scaled_likes(folders: dict[str, tuple[Path, Path]]) -> None:
+    # an untied T5 (flan-T5) does not scale its logits: scaled ones have the same greedy answers and samples like noise
+    hf, serving = folders["encoder-decoder"]
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(hf).eval(), AutoTokenizer.from_pretrained(hf)
+    source, target = tokenizer("word1 word2 word3"), ["word4", "word5", "</s>"]
+    labels = torch.tensor([tokenizer.convert_tokens_to_ids(target)])
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([source["input_ids"]]), labels=labels).logits
+    expected = torch.log_softmax(logits[0], -1).gather(1, labels[0][:, None])[:, 0]
+    translator = ctranslate2.Translator(str(serving), compute_type="float32")
+    (score,) = translator.score_batch([tokenizer.convert_ids_to_tokens(source["input_ids"])], [target[:-1]])
+    assert score.log_probs == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_a_model_that_cannot_be_found_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="cannot load the model"):
+        convert(str(tmp_path / "nothing"), tmp_path / "out", name="n", quantization="float32")
 
 
 def test_a_chat_is_rendered_by_the_template_of_the_model(loaded: dict[str, LocalModel]) -> None:

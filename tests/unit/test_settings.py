@@ -140,6 +140,28 @@ def test_a_wrong_flag_is_refused(flags: dict[str, Any], said: str) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"dataset.path": "mine.csv"}, "path: the sample is embedded"),
+        ({"dataset.name": "meqsum", "dataset.path": "a.xlsx", "dataset.hub": "a/b"}, "give one of them"),
+        ({"dataset.hub": "a/b"}, "only name meqsum is read from the Hub"),
+        ({"dataset.name": "meqsum", "dataset.question_column": "CHQ"}, "only name file has columns of your own"),
+    ],
+)
+def test_a_data_set_setting_that_would_be_ignored_is_refused(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, **values)
+    assert said in str(caught.value)
+
+
+def test_a_key_on_the_command_line_is_refused_and_not_repeated() -> None:
+    with pytest.raises(SettingsError) as caught:
+        assignments(["teacher.api_key=hush-hush"])
+    assert "api_key_file" in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
 def test_a_flag_may_take_a_setting_back_and_give_another_in_its_place(tmp_path: Path) -> None:
     recipe = load(tmp_path, teacher__url=None, **{"teacher.launch.engine": "scripted"})
     assert recipe.teacher.identity.startswith("launch:scripted")
