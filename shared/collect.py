@@ -147,7 +147,7 @@ async def collect(
 
     try:
         async with asyncio.TaskGroup() as group:
-            syncing = group.create_task(_sync_forever(ledger))
+            syncing = group.create_task(_sync_forever(ledger, progress))
             async with asyncio.TaskGroup() as workers:
                 for _ in range(min(concurrency, len(jobs))):
                     workers.create_task(work())
@@ -222,11 +222,12 @@ async def _answer(engine: Engine, ask: Ask, samples: range, keep: Callable[[Resp
     return requests
 
 
-async def _sync_forever(ledger: Ledger[Response]) -> None:
-    """Make rows durable while the teacher pauses and nothing is appended."""
+async def _sync_forever(ledger: Ledger[Response], progress: Progress) -> None:
+    """Make rows durable, and say how things stand, while the teacher pauses and nothing is appended."""
     while True:
         await asyncio.sleep(SYNC_EVERY_S)
         ledger.sync()
+        progress.tick()
 
 
 def _held(ledger: Ledger[Response], retry_failed: bool) -> set[str]:

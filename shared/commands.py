@@ -29,11 +29,9 @@ def stage_parser(command: str, description: str) -> argparse.ArgumentParser:
 def open_run(arguments: argparse.Namespace, flags: dict[str, Any] | None = None) -> Run:
     """The run that the shared options name. Raises SettingsError, RunMismatch."""
     from shared.artifacts import Run  # after parsing: --help must not wait for pydantic
-    from shared.settings import RESERVED, Recipe, load_settings
+    from shared.settings import Recipe, load_settings
 
-    recipe = load_settings(
-        Recipe, flags={**assignments(arguments.settings), **(flags or {})}, yaml_file=arguments.recipe, reserved=RESERVED
-    )
+    recipe = load_settings(Recipe, flags={**assignments(arguments.settings), **(flags or {})}, yaml_file=arguments.recipe)
     return Run.open(arguments.out, recipe)
 
 
@@ -62,21 +60,30 @@ class Progress:
 
     def __init__(self, what: str, total: int, *, unit: str = "rows", done: int = 0, every_s: float = 10.0) -> None:
         self._what, self._total, self._unit, self._done, self._every = what, total, unit, done, every_s
-        self._first, self._started, self._told = done, time.monotonic(), -math.inf
+        self._first, self._started, self._note = done, time.monotonic(), ""
         self._terminal = sys.stderr.isatty()
+        self._told = -math.inf
+        if done < total:
+            self._tell()
 
     def step(self, count: int = 1, note: str = "") -> None:
         """Count `count` more units as done."""
-        self._done += count
-        elapsed = time.monotonic() - self._told
-        if elapsed >= (0.2 if self._terminal else self._every) or self._done >= self._total:
-            self._tell(note)
+        self._done, self._note = self._done + count, note
+        if self._done >= self._total:
+            self._tell()
+        else:
+            self.tick()
 
-    def _tell(self, note: str) -> None:
+    def tick(self) -> None:
+        """Say where things stand, if it is time to: for a stage that waits and counts nothing."""
+        if time.monotonic() - self._told >= (0.2 if self._terminal else self._every):
+            self._tell()
+
+    def _tell(self) -> None:
         self._told = time.monotonic()
         rate = (self._done - self._first) / max(self._told - self._started, 1e-9)
-        left = (self._total - self._done) / rate if rate > 0 else 0.0
-        line = f"{self._what}: {self._done}/{self._total} {self._unit}, {rate:.1f}/s, {left:.0f} s left{', ' + note if note else ''}"
+        left = f"{(self._total - self._done) / rate:.0f} s left" if rate > 0 else "time left not known yet"
+        line = f"{self._what}: {self._done}/{self._total} {self._unit}, {rate:.1f}/s, {left}{', ' + self._note if self._note else ''}"
         if self._terminal:
             print(f"\r\x1b[K{line}", end="\n" if self._done >= self._total else "", file=sys.stderr, flush=True)
         else:

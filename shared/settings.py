@@ -267,15 +267,13 @@ PROCEDURE = frozenset({"teacher.timeout_s", "teacher.max_attempts", "harvest.con
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)
 
 
-def load_settings(
-    model: type[SettingsT], *, flags: Mapping[str, Any], yaml_file: Path | None = None, reserved: frozenset[str] | set[str] = frozenset()
-) -> SettingsT:
+def load_settings(model: type[SettingsT], *, flags: Mapping[str, Any], yaml_file: Path | None = None) -> SettingsT:
     """One settings object from its layers: `flags` (dotted or plain names) over environment over YAML over defaults.
 
     Raises SettingsError that names each wrong field, its source where it is known, and the nearest right name.
     """
     names = list(dotted_names(model))
-    _refuse_unknown_variables(model, names, reserved)
+    _refuse_unknown_variables(model, names)
     recipe = _read_yaml(yaml_file) if yaml_file else {}
     overrides = _nest(flags, names)
 
@@ -372,9 +370,9 @@ def explain(exc: ValidationError | SourceError, names: list[str], where: str) ->
     return f"{where}: " + "; ".join(lines)
 
 
-def _refuse_unknown_variables(model: type[BaseSettings], names: list[str], reserved: frozenset[str] | set[str]) -> None:
+def _refuse_unknown_variables(model: type[BaseSettings], names: list[str]) -> None:
     prefix = model.model_config.get("env_prefix", "").upper()
-    known = {prefix + n.upper().replace(".", "__") for n in names} | reserved
+    known = {prefix + n.upper().replace(".", "__") for n in names} | RESERVED
     for variable in sorted(os.environ):
         if variable.upper().startswith(prefix) and variable.upper() not in known:
             raise SettingsError(f"{variable}: unknown environment variable{nearest(variable.upper(), sorted(known))}; unset it or mend it")

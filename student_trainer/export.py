@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
     from shared.artifacts import new_directory, write_atomic
     from shared.engines.convert import convert
 
+    print(f"export: converting the student to CTranslate2 {run.recipe.export.quantization}", flush=True)
     student, recipe = run.path / "checkpoints" / "student", run.recipe
     with new_directory(stage.path) as folder:
         shutil.copytree(student, folder / "hf", copy_function=_link)

@@ -49,11 +49,12 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
 
     from shared.artifacts import Run
-    from shared.settings import RESERVED, Recipe, load_settings
+    from shared.embedded.weights import ORIGIN
+    from shared.settings import Recipe, load_settings
     from student_trainer.progress import unfinished
 
     flags = {**assignments(arguments.settings), **_dataset_flags(arguments)}
-    recipe = load_settings(Recipe, flags=flags, yaml_file=arguments.recipe, reserved=RESERVED)
+    recipe = load_settings(Recipe, flags=flags, yaml_file=arguments.recipe)
     out = arguments.out or Path("runs") / recipe.name
     run = Run.open(out, recipe)
     shared = ["--recipe", str(arguments.recipe), "--out", str(out)]
@@ -64,6 +65,8 @@ def main(argv: list[str]) -> int:
         _refuse_taken_port(arguments.port)
     begun = time.monotonic()
     print(f"run {out}: recipe {recipe.name}, student {recipe.student.model}, teacher {recipe.teacher.identity}", flush=True)
+    if "embedded:" in recipe.student.model + recipe.teacher.identity:
+        print(f"embedded weights: {ORIGIN}", flush=True)
     left = unfinished(out)
     asks = arguments.retry_failed or any(STAGES[command] in left for command in ASKS_TEACHER)
     teacher = recipe.teacher.launch if asks else None

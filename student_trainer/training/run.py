@@ -14,6 +14,7 @@ def main(argv: list[str]) -> int:
     if stage.complete:
         print("train: complete, nothing to do")
         return 0
+    print(f"train: loading {run.recipe.student.model}", flush=True)
     from student_trainer.training.stage import train  # torch: seconds, and only when there is something to train
 
     train(run, stage)

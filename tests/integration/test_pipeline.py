@@ -202,7 +202,7 @@ def test_ctrl_c_ends_the_stage_and_the_pipeline_with_130_and_the_command_to_go_o
 
 
 @pytest.mark.parametrize("stage", ["harvest", "sample", "triplets", "train", "export", "evaluate"])
-def test_ctrl_c_in_any_stage_keeps_its_state_and_the_same_command_finishes_it(stage: str, finished: Path, tmp_path: Path) -> None:
+def test_ctrl_c_as_any_stage_begins_ends_it_with_130_and_the_same_command_finishes_it(stage: str, finished: Path, tmp_path: Path) -> None:
     folder = dict(zip(["harvest", "sample", "triplets", "train", "export", "evaluate"], STAGES[1:], strict=True))[stage]
     out = tmp_path / "run"
     shutil.copytree(finished, out)

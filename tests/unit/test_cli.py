@@ -115,10 +115,17 @@ def test_a_stage_needs_a_recipe_and_a_run_directory(capsys: pytest.CaptureFixtur
     assert "--recipe, --out" in capsys.readouterr().err
 
 
-def test_progress_in_a_log_tells_the_first_and_the_last_step_and_not_every_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_of_a_stage_that_waits_is_told_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("harvest", 10, every_s=0)
+    progress.tick()
+    assert capsys.readouterr().err.count("harvest: 0/10 rows") == 2
+
+
+def test_progress_in_a_log_tells_the_beginning_and_the_end_and_not_every_step(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("harvest", 10, unit="answers", done=4, every_s=3600)
     for _ in range(6):
         progress.step()
     told = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in told] == ["harvest: 5/10 answers", "harvest: 10/10 answers"]
+    assert [line.split(",")[0] for line in told] == ["harvest: 4/10 answers", "harvest: 10/10 answers"]
+    assert told[0].endswith(", time left not known yet")
     assert told[-1].endswith(", 0 s left")

@@ -9,13 +9,13 @@ import pytest
 
 from shared.datasets import load
 from shared.embedded.weights import adapter_folder
-from shared.settings import RESERVED, Recipe, load_settings
+from shared.settings import Recipe, load_settings
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 def parse(name: str) -> Recipe:
-    return load_settings(Recipe, flags={}, yaml_file=RECIPES[0].with_name(name), reserved=RESERVED)
+    return load_settings(Recipe, flags={}, yaml_file=RECIPES[0].with_name(name))
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 
 from shared.commands import assignments
 from shared.errors import SettingsError
-from shared.settings import PROCEDURE, RESERVED, Recipe, cache_dir, dotted_names, load_settings, read_secret
+from shared.settings import PROCEDURE, Recipe, cache_dir, dotted_names, load_settings, read_secret
 
 BASE = "name: r\nteacher: {url: http://t/v1}\n"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -27,7 +27,7 @@ def _no_variables_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 def load(folder: Path, yaml: str = BASE, **flags: Any) -> Recipe:
     file = folder / "recipe.yaml"
     file.write_text(yaml)
-    return load_settings(Recipe, flags={k.replace("__", "."): v for k, v in flags.items()}, yaml_file=file, reserved=RESERVED)
+    return load_settings(Recipe, flags={k.replace("__", "."): v for k, v in flags.items()}, yaml_file=file)
 
 
 def test_a_flag_beats_the_environment_beats_the_recipe_beats_the_default_and_neighbours_stay(
@@ -50,7 +50,7 @@ def test_a_loaded_recipe_is_a_recipe_and_cannot_be_changed(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
 def test_every_shipped_recipe_is_readable(file: Path) -> None:
-    assert load_settings(Recipe, flags={}, yaml_file=file, reserved=RESERVED).name
+    assert load_settings(Recipe, flags={}, yaml_file=file).name
 
 
 def test_there_are_shipped_recipes() -> None:
