@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     except DistillError as exc:
         print(f"distill {argv[0]}: {exc}", file=sys.stderr)
         return exc.exit_code
-    except KeyboardInterrupt:
+    except BaseException as exc:
+        if not _interrupted(exc):
+            raise
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not garble the farewell
         if not os.environ.get(PART_OF_A_RUN):  # else the whole run tells how to go on
             import shlex
@@ -67,6 +69,25 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _interrupted(exc: BaseException | None) -> bool:
+    """Whether a Ctrl-C is at the bottom of an error: libraries that are being imported turn it into errors of their own."""
+    while exc is not None:
+        if isinstance(exc, KeyboardInterrupt):
+            return True
+        exc = exc.__cause__ or exc.__context__
+    return False
+
+
+def entry() -> None:
+    """What the console script runs: `main`, ending the process with its exit code."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 130:
+        os._exit(code)  # CPython dies of SIGINT at its end if the Ctrl-C fell into an exec() somewhere, although it was caught
+    sys.exit(code)
+
+
 def usage() -> str:
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
@@ -75,4 +96,4 @@ def usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

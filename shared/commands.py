@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +56,16 @@ def assignments(pairs: list[str]) -> dict[str, Any]:
         except yaml.YAMLError as exc:
             raise SettingsError(f"--set {pair}: the value is not readable YAML: {exc}") from exc
     return values
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Keep a Ctrl-C waiting until the block ends: libraries written in C++ abort when it meets them while they are imported."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 class Progress:

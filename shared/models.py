@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from shared.artifacts import sha256_bytes
+from shared.commands import uninterrupted
 from shared.settings import cache_dir
 
 
@@ -43,7 +44,8 @@ def serving_folder(reference: str, quantization: str) -> Path:
     key = sha256_bytes(repr((model, stamp, quantization, metadata.version("ctranslate2"))).encode())[:12]
     out = cache_dir() / "serving" / f"{reference.replace('/', '--').replace(':', '-')}-{quantization}-{key}"
     if not (out / "serving.json").exists():
-        from shared.engines.convert import convert
+        with uninterrupted():
+            from shared.engines.convert import convert
 
         print(f"converting {reference} to CTranslate2 {quantization}, once, into {out}", flush=True)
         convert(model, out, name=reference, quantization=quantization)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shared.commands import open_run, stage_parser
+from shared.commands import open_run, stage_parser, uninterrupted
 
 if TYPE_CHECKING:
     from shared.artifacts import Run
@@ -22,7 +22,9 @@ def main(argv: list[str]) -> int:
     import shutil
 
     from shared.artifacts import new_directory, write_atomic
-    from shared.engines.convert import convert
+
+    with uninterrupted():
+        from shared.engines.convert import convert
 
     print(f"export: converting the student to CTranslate2 {run.recipe.export.quantization}", flush=True)
     student, recipe = run.path / "checkpoints" / "student", run.recipe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared.commands import open_run, stage_parser
+from shared.commands import open_run, stage_parser, uninterrupted
 
 
 def main(argv: list[str]) -> int:
@@ -15,7 +15,8 @@ def main(argv: list[str]) -> int:
         print("train: complete, nothing to do")
         return 0
     print(f"train: loading {run.recipe.student.model}", flush=True)
-    from student_trainer.training.stage import train  # torch: seconds, and only when there is something to train
+    with uninterrupted():
+        from student_trainer.training.stage import train  # torch: seconds, and only when there is something to train
 
     train(run, stage)
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 from safetensors.torch import load_file
 
 from shared.artifacts import Run, write_jsonl
@@ -64,7 +65,9 @@ def run_with(path: Path, model: Path, rows: list[Triplet], **train) -> list[str]
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # as many threads as here: with another number sums are added in another order, and weights differ in their last bits
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen([sys.executable, "-m", "shared.cli", *arguments], env=environment, stderr=subprocess.PIPE, text=True)
 
 
