@@ -226,7 +226,7 @@ class Run:
                 for key, (theirs_value, mine_value) in _compare(theirs, mine).items()
                 if key not in PROCEDURE
             ]
-            if differences and path_is_unused(path):  # an earlier command failed before its first stage did anything
+            if differences and _is_unused(path):  # an earlier command failed before its first stage did anything
                 write_json(file, {"recipe": mine, "created_at": now()})
             elif differences:
                 raise RunMismatch(
@@ -254,7 +254,7 @@ class Run:
             raise DataError(f"{file}: not a readable manifest; remove it and run its stage again") from exc
 
 
-def path_is_unused(run: Path) -> bool:
+def _is_unused(run: Path) -> bool:
     """Whether a run directory holds nothing yet that its settings have shaped."""
     return all(entry.name in ("run.json", ".locks", "teacher.log") or _is_temporary(entry) for entry in run.iterdir())
 

@@ -80,10 +80,12 @@ def _interrupted(exc: BaseException | None) -> bool:
 
 def entry() -> None:
     """What the console script runs: `main`, ending the process with its exit code."""
+    from shared.errors import INTERRUPTED
+
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == 130:
+    if code == INTERRUPTED:
         os._exit(code)  # CPython dies of SIGINT at its end if the Ctrl-C fell into an exec() somewhere, although it was caught
     sys.exit(code)
 
