@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal, get_args
 
 from pydantic import ValidationError
 
@@ -20,6 +22,8 @@ STAGES = (
     "model",
     "evaluation",
 )
+State = Literal["missing", "partial", "done", "outdated"]
+STATES: tuple[State, ...] = get_args(State)
 
 
 def report(run: Path) -> str:
@@ -31,10 +35,10 @@ def report(run: Path) -> str:
         name, created = description["recipe"]["name"], description["created_at"]
     except (KeyError, TypeError) as exc:
         raise DataError(f"{run / 'run.json'}: no recipe.name and created_at in it; it is damaged") from exc
-    manifests = {stage: manifest for stage in STAGES if (manifest := _manifest(run / stage / "manifest.json"))}
-    made = {ref for manifest in manifests.values() for ref in manifest.outputs}
+    manifests = {stage: manifest for stage in STAGES if (manifest := stage_manifest(run, stage))}
+    states = stage_states(run, manifests)
     table = [("stage", "state", "rows", "seconds", "when")]
-    table += [_line(run, stage, manifests.get(stage), made) for stage in STAGES]
+    table += [_line(run, stage, states[stage], manifests.get(stage)) for stage in STAGES]
     table.append(_served(run / "registry"))
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = [f"{s:{widths[0]}}  {t:{widths[1]}}  {r:>{widths[2]}}  {u:>{widths[3]}}  {w}".rstrip() for s, t, r, u, w in table]
@@ -43,22 +47,28 @@ def report(run: Path) -> str:
 
 def unfinished(run: Path) -> list[str]:
     """The stages that are missing, partial or outdated. Raises DataError for a damaged manifest."""
-    manifests = {stage: manifest for stage in STAGES if (manifest := _manifest(run / stage / "manifest.json"))}
+    manifests = {stage: manifest for stage in STAGES if (manifest := stage_manifest(run, stage))}
+    return [stage for stage, state in stage_states(run, manifests).items() if state != "done"]
+
+
+def stage_states(run: Path, manifests: Mapping[str, Manifest]) -> dict[str, State]:
+    """How each stage stands. `manifests`: those there are, by stage."""
     made = {ref for manifest in manifests.values() for ref in manifest.outputs}
-    return [stage for stage in STAGES if _line(run, stage, manifests.get(stage), made)[1] != "done"]
+    return {stage: _state(run, stage, manifests.get(stage), made) for stage in STAGES}
 
 
-def _line(run: Path, stage: str, manifest: Manifest | None, made: set[FileRef]) -> tuple[str, str, str, str, str]:
-    folder = run / stage
-    rows = _rows(folder)
+def _state(run: Path, stage: str, manifest: Manifest | None, made: set[FileRef]) -> State:
     if manifest is None:
-        begun = folder.is_dir() and any(folder.iterdir())
-        return stage, "partial" if begun else "missing", rows, "-", _modified(folder) if begun else "-"
-    state = "done"
+        return "partial" if (run / stage).is_dir() and any((run / stage).iterdir()) else "missing"
     if any(not (run / ref.path).is_file() or (run / ref.path).stat().st_size != ref.bytes for ref in manifest.outputs):
-        state = "partial"  # a file is gone, or has grown since
-    elif not made.issuperset(manifest.inputs):
-        state = "outdated"  # what it read has been made anew since
+        return "partial"  # a file is gone, or has grown since
+    return "done" if made.issuperset(manifest.inputs) else "outdated"  # what it read has been made anew since
+
+
+def _line(run: Path, stage: str, state: State, manifest: Manifest | None) -> tuple[str, str, str, str, str]:
+    rows = _rows(run / stage)
+    if manifest is None:
+        return stage, state, rows, "-", "-" if state == "missing" else _modified(run / stage)
     return stage, state, rows, f"{manifest.seconds:.1f}", manifest.started_at
 
 
@@ -67,7 +77,9 @@ def _served(registry: Path) -> tuple[str, str, str, str, str]:
     return "registry", "done" if served else "missing", "-", "-", _modified(registry) if served else "-"
 
 
-def _manifest(file: Path) -> Manifest | None:
+def stage_manifest(run: Path, stage: str) -> Manifest | None:
+    """The manifest of a stage, None where it has none. Raises DataError for a damaged one."""
+    file = run / stage / "manifest.json"
     try:
         return Manifest.model_validate_json(file.read_bytes())
     except FileNotFoundError:

@@ -7,15 +7,18 @@ import os
 import signal
 import socket
 import threading
+from contextlib import nullcontext
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 
 from shared.errors import EngineError, SettingsError
+from shared.http.metrics import Measured, exposed
 
-DRAIN_S = 30
-"""Seconds that requests in flight get to finish after a signal to stop."""
+DRAIN_S = 7
+"""Seconds that requests in flight get to finish after a signal to stop: container engines kill 10 s after theirs."""
 
 
 class _Server(uvicorn.Server):
@@ -27,15 +30,19 @@ class _Server(uvicorn.Server):
             print(self.announcement, flush=True)
 
 
-def serve(app: FastAPI, *, host: str, port: int, name: str, until_stdin_closes: bool = False) -> int:
+def serve(app: FastAPI, *, host: str, port: int, name: str, until_stdin_closes: bool = False, metrics_port: int | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C, finish what is in flight, return 0. Port 0 picks a free one.
 
     Prints "NAME: listening on URL" once it does. `until_stdin_closes`: end as well when the process that started this one
-    is gone, so that no server outlives it. Raises SettingsError if the address cannot be had, EngineError if startup fails.
+    is gone, so that no server outlives it. `metrics_port`: count and time requests, and tell the numbers there, on the same
+    host, in a second line "NAME: metrics on URL" (see metrics.py).
+    Raises SettingsError if an address cannot be had, EngineError if startup fails.
     """
     listener = _listen(host, port)
     taken = listener.getsockname()[1]
-    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S))
+    registry = CollectorRegistry()
+    application = app if metrics_port is None else Measured(app, registry)
+    server = _Server(uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S))
     shown = f"[{host}]" if ":" in host else host
     server.announcement = f"{name}: listening on http://{shown}:{taken}/v1"
 
@@ -53,7 +60,11 @@ def serve(app: FastAPI, *, host: str, port: int, name: str, until_stdin_closes: 
             stop()
 
         threading.Thread(target=wait_for_the_end, daemon=True).start()
-    server.run(sockets=[listener])
+    metrics = nullcontext() if metrics_port is None else exposed(registry, host=host, port=metrics_port, option="--metrics-port")
+    with metrics as url:
+        if url:
+            server.announcement += f"\n{name}: metrics on {url}"
+        server.run(sockets=[listener])
     if not server.started and not server.should_exit:
         raise EngineError(f"{name}: the server did not start; its log tells why")
     return 0
@@ -65,6 +76,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # until one of them listens, several sockets may have the same address
     except socket.gaierror as exc:
         raise SettingsError(f"--host {host}: no such address of this machine") from exc
     except OSError as exc:

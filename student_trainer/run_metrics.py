@@ -1,0 +1,325 @@
+"""Run directories as metrics, read off their files at every scrape: nothing is opened for writing and nothing locked.
+
+Labels take few values. `run` is a folder's name, of the MAX_RUNS newest; it is absent for a registry outside the runs. Stages, states,
+systems and metrics are those of the code, reasons of failed answers are the names of error classes. A run has about 100 series.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from pydantic import BaseModel, Field, ValidationError
+
+from shared import registry as store
+from shared.contracts import Manifest, Response
+from shared.errors import DataError
+from shared.settings import HarvestSettings, PromoteSettings, TrainSettings
+from student_trainer.progress import STAGES, STATES, stage_manifest, stage_states
+
+log = logging.getLogger(__name__)
+
+MAX_RUNS = 20
+TEACHER_LEDGER = "responses/teacher/responses.jsonl"
+OTHER = "other"
+"""The reason of a failed answer whose reason names no class."""
+EVENTS = ("promoted", "refused", "rolled back")
+STEP_GAUGES = {
+    "distill_training_step": ("step", "Optimizer steps done."),
+    "distill_training_loss": ("loss", "NLL + lambda * L_OR of the last step."),
+    "distill_training_nll": ("nll", "NLL of a chosen token in the last step, in nats."),
+    "distill_training_odds_ratio": ("odds_ratio", "L_OR of a pair in the last step."),
+    "distill_training_accuracy": ("accuracy", "Share of the last step's pairs whose chosen response is the more likely one."),
+    "distill_training_margin": ("margin", "Mean log-probability of a chosen token less that of a rejected one, in nats."),
+    "distill_training_learning_rate": ("learning_rate", "Learning rate of the last step."),
+    "distill_training_tokens_per_second": ("tokens_per_s", "Tokens without padding by the seconds of the last step."),
+}
+"""Metric -> what it is called in a line of checkpoints/log.jsonl (LogRow in training/trainer.py), and what it means."""
+METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "distill_stage_state": ("1 for the state a stage is in, 0 for the others.", ("run", "stage", "state")),
+    "distill_stage_rows": ("Whole lines of a stage's JSON Lines files.", ("run", "stage")),
+    "distill_stage_seconds": ("Wall time of a stage that has finished.", ("run", "stage")),
+    "distill_harvest_prompts": ("Prompts the teacher is to answer.", ("run",)),
+    "distill_harvest_wanted_answers": ("Prompts by samples a prompt.", ("run",)),
+    "distill_harvest_answers_total": ("Answers of the teacher collected.", ("run",)),
+    "distill_harvest_failed_answers": ("Answers that failed, and were not had since, by the class of the reason.", ("run", "reason")),
+    **{name: (text, ("run",)) for name, (_, text) in STEP_GAUGES.items()},
+    "distill_training_wanted_steps": ("Optimizer steps of the whole training; by the epochs so far, unless the recipe says.", ("run",)),
+    "distill_evaluation_score": ("A system's score on the test split, 0 to 1.", ("run", "system", "metric")),
+    "distill_evaluation_gain": ("Distilled less the baseline of the promotion, 0 to 1.", ("run", "baseline", "metric")),
+    "distill_evaluation_gain_low": ("Lower end of the gain's 95% interval.", ("run", "baseline", "metric")),
+    "distill_evaluation_gain_high": ("Upper end of the gain's 95% interval.", ("run", "baseline", "metric")),
+    "distill_promoted_info": ("1 for the version that is served.", ("run", "version", "name")),
+    "distill_promoted_score": ("Score of the served version on its test split, 0 to 1.", ("run", "metric")),
+    "distill_registry_events_total": ("Promotions, refusals and rollbacks so far.", ("run", "what")),
+    "distill_monitor_errors": ("Files that could not be read at this scrape; the log names them.", ()),
+}
+"""What is exposed: name -> meaning, labels."""
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class _Recipe(BaseModel):
+    harvest: HarvestSettings
+    train: TrainSettings
+    promote: PromoteSettings
+
+
+class _RunFile(BaseModel):
+    """What is read of run.json."""
+
+    recipe: _Recipe
+
+
+class _Step(BaseModel):
+    """What is read of a line of checkpoints/log.jsonl; None: of no meaning without rejected responses."""
+
+    step: int
+    epoch: float = Field(gt=0)
+    loss: float
+    nll: float
+    odds_ratio: float | None = None
+    accuracy: float | None = None
+    margin: float | None = None
+    learning_rate: float
+    tokens_per_s: float
+
+
+class _System(BaseModel):
+    rouge1: float
+    rouge2: float
+    rougeL: float
+    bleu: float
+
+
+class _Gain(BaseModel):
+    metric: str
+    gain: float
+    low: float | None
+    high: float | None
+
+
+class _Report(BaseModel):
+    """What is read of evaluation/report.json."""
+
+    systems: dict[str, _System]
+    comparisons: dict[str, _Gain]
+
+
+class Rows:
+    """The whole lines of a JSON Lines file, each read once however often it is looked at."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._inode = path, path.stat().st_ino
+        self._offset = self.count = 0
+        self.last = b""
+
+    def replaced(self) -> bool:
+        """Whether another file has taken the place of this one."""
+        status = self._path.stat()
+        return status.st_ino != self._inode or status.st_size < self._offset
+
+    def look(self) -> None:
+        """Read what was added. A last line that is being written waits for its end. Raises OSError."""
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset, self.count, self.last = self._offset + len(line), self.count + 1, line
+                self.take(line)
+
+    def take(self, line: bytes) -> None:
+        """Called with every line, once."""
+
+
+class Answers(Rows):
+    """A ledger of answers. Of several rows for one sample the last counts, and only a failed one is ever asked for again."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.answered = self.damaged = 0
+        self._failed: dict[str, str] = {}
+
+    def take(self, line: bytes) -> None:
+        try:
+            row = Response.model_validate_json(line)
+        except ValidationError:
+            self.damaged += 1
+            return
+        if row.status == "failed":
+            reason = (row.reason or "").partition(":")[0]
+            self._failed[row.key] = reason if reason.isidentifier() else OTHER
+        else:
+            self._failed.pop(row.key, None)
+            self.answered += 1
+
+    def failed(self) -> Counter[str]:
+        return Counter(self._failed.values())
+
+
+class RunMetrics(Collector):
+    """The run directories below a folder. A file that cannot be read is counted and named in the log, and the rest is told."""
+
+    def __init__(self, runs: Path, *, registry: Path | None = None) -> None:
+        self._runs, self._registry = runs, registry
+        self._files: dict[Path, Rows] = {}
+        self._known_errors: set[str] = set()
+        self._scraping = threading.Lock()
+
+    def collect(self) -> Iterator[Metric]:
+        with self._scraping:
+            scrape = _Scrape(self._files)
+            with scrape.reading():
+                found = [folder for folder in self._runs.iterdir() if (folder / "run.json").is_file()]
+                found.sort(key=lambda run: (run / "run.json").stat().st_mtime)
+                for run in found[-MAX_RUNS:]:
+                    scrape.run(run)
+            if self._registry is not None:
+                scrape.registry("", self._registry)
+            scrape.add("distill_monitor_errors", len(scrape.errors))
+            for error in sorted(scrape.errors - self._known_errors):
+                log.warning("%s", error)
+            self._files, self._known_errors = scrape.files, scrape.errors
+        yield from scrape.families.values()
+
+
+class _Scrape:
+    """One reading of everything."""
+
+    def __init__(self, before: dict[Path, Rows]) -> None:
+        self._before = before
+        self.files: dict[Path, Rows] = {}
+        self.errors: set[str] = set()
+        self.families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {
+            name: (CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily)(name, text, labels=labels)
+            for name, (text, labels) in METRICS.items()
+        }
+
+    def add(self, metric: str, value: float | None, *labels: str) -> None:
+        if value is not None:
+            self.families[metric].add_metric(labels, value)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What cannot be read in this block is noted; the block ends there."""
+        try:
+            yield
+        except (DataError, OSError) as exc:
+            self.errors.add(str(exc).partition("\n")[0])
+
+    def run(self, folder: Path) -> None:
+        name, recipe = folder.name, None
+        with self.reading():
+            described = _read(folder / "run.json", _RunFile)
+            recipe = described.recipe if described else None
+        self._stages(name, folder)
+        with self.reading():
+            self._harvest(name, folder, recipe)
+        with self.reading():
+            self._training(name, folder, recipe)
+        with self.reading():
+            self._evaluation(name, folder, recipe)
+        self.registry(name, folder / "registry")
+
+    def _stages(self, run: str, folder: Path) -> None:
+        manifests: dict[str, Manifest] = {}
+        for stage in STAGES:
+            with self.reading():
+                files = sorted((folder / stage).glob("*.jsonl"))
+                if files:
+                    self.add("distill_stage_rows", sum(self._rows(file).count for file in files), run, stage)
+            with self.reading():
+                manifest = stage_manifest(folder, stage)
+                if manifest:
+                    manifests[stage] = manifest
+                    self.add("distill_stage_seconds", manifest.seconds, run, stage)
+        with self.reading():
+            for stage, state in stage_states(folder, manifests).items():
+                for other in STATES:
+                    self.add("distill_stage_state", other == state, run, stage, other)
+
+    def _harvest(self, run: str, folder: Path, recipe: _Recipe | None) -> None:
+        prompts = self._seen(folder / "dataset" / "train.jsonl")
+        if prompts:
+            self.add("distill_harvest_prompts", prompts.count, run)
+            if recipe:
+                self.add("distill_harvest_wanted_answers", prompts.count * recipe.harvest.samples, run)
+        ledger = self._seen(folder / TEACHER_LEDGER)
+        if isinstance(ledger, Answers):
+            self.add("distill_harvest_answers_total", ledger.answered, run)
+            for reason, count in ledger.failed().items():
+                self.add("distill_harvest_failed_answers", count, run, reason)
+            if ledger.damaged:
+                raise DataError(f"{folder / TEACHER_LEDGER}: {ledger.damaged} lines are no answers")
+
+    def _training(self, run: str, folder: Path, recipe: _Recipe | None) -> None:
+        file = folder / "checkpoints" / "log.jsonl"
+        rows = self._seen(file)
+        if not rows or not rows.last:
+            return
+        step = _parsed(_Step, rows.last, file)
+        for metric, (field, _) in STEP_GAUGES.items():
+            self.add(metric, getattr(step, field), run)
+        if recipe:
+            by_epochs = round(recipe.train.epochs * step.step / step.epoch)
+            self.add("distill_training_wanted_steps", recipe.train.max_steps or by_epochs, run)
+
+    def _evaluation(self, run: str, folder: Path, recipe: _Recipe | None) -> None:
+        report = _read(folder / "evaluation" / "report.json", _Report)
+        if not report:
+            return
+        for system, scores in report.systems.items():
+            for metric, value in scores.model_dump().items():
+                self.add("distill_evaluation_score", value, run, system, metric)
+        baseline = recipe.promote.baseline if recipe else ""
+        if found := report.comparisons.get(baseline):
+            self.add("distill_evaluation_gain", found.gain, run, baseline, found.metric)
+            self.add("distill_evaluation_gain_low", found.low, run, baseline, found.metric)
+            self.add("distill_evaluation_gain_high", found.high, run, baseline, found.metric)
+
+    def registry(self, run: str, folder: Path) -> None:
+        with self.reading():
+            if promoted := store.current(folder):
+                self.add("distill_promoted_info", 1, run, promoted.version, promoted.name)
+                for metric, value in promoted.scores.items():
+                    self.add("distill_promoted_score", value, run, metric)
+        with self.reading():
+            if events := store.history(folder):
+                for what in EVENTS:
+                    self.add("distill_registry_events_total", sum(event.what == what for event in events), run, what)
+
+    def _seen(self, path: Path) -> Rows | None:
+        """The rows of a file, None where there is none."""
+        return self._rows(path) if path.is_file() else None
+
+    def _rows(self, path: Path) -> Rows:
+        if path not in self.files:
+            rows = self._before.get(path)
+            if rows is None or rows.replaced():
+                rows = Answers(path) if path.match(TEACHER_LEDGER) else Rows(path)
+            rows.look()
+            self.files[path] = rows
+        return self.files[path]
+
+
+def _read(path: Path, model: type[ModelT]) -> ModelT | None:
+    """What is needed of a JSON file, None where there is none. Raises DataError, OSError."""
+    try:
+        return _parsed(model, path.read_bytes(), path)
+    except FileNotFoundError:
+        return None
+
+
+def _parsed(model: type[ModelT], content: bytes, path: Path) -> ModelT:
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as exc:
+        error = exc.errors()[0]
+        raise DataError(f"{path}: {'.'.join(map(str, error['loc']))}: {error['msg']}") from exc
