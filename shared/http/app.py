@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -25,8 +26,21 @@ class UnknownModel(RequestRefused):
     """The request names a model that is not served here."""
 
 
-def create_app(engine: Engine, *, model: str, title: str) -> FastAPI:
+class NotReady(TeacherUnavailable):
+    """No model is served yet. The message says what it waits for, and is meant for the caller."""
+
+
+def create_app(
+    engine: Engine,
+    *,
+    model: str,
+    title: str,
+    listed: Callable[[], bool] = lambda: True,
+    beside: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+) -> FastAPI:
     """An application over `engine`, which it closes when it ends; `model` is the public name, the only one it answers to.
+
+    `listed`: whether the model is among those served now. `beside` is entered before the first request and left after the last.
 
     Every error has the shape {"error": {"message", "type", "param", "code"}}. What an engine says about itself goes to the
     log, never to the caller; prompts and answers go to neither.
@@ -34,7 +48,8 @@ def create_app(engine: Engine, *, model: str, title: str) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with beside():
+            yield
         await engine.aclose()
 
     # no schema and no docs pages: they would tell of routes and fields to come
@@ -45,16 +60,19 @@ def create_app(engine: Engine, *, model: str, title: str) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody) -> ChatCompletion:
         _known(body.model, model)
-        return chat_completion(model, await engine.generate(body.request()))
+        with cut_short():
+            return chat_completion(model, await engine.generate(body.request()))
 
     @app.post("/v1/completions")
     async def complete(body: CompletionBody) -> TextCompletion:
         _known(body.model, model)
-        return text_completion(model, await engine.generate(body.request()))
+        with cut_short():
+            return text_completion(model, await engine.generate(body.request()))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": model, "object": "model", "created": started, "owned_by": "blackbox-distill"}]}
+        data = [{"id": model, "object": "model", "created": started, "owned_by": "blackbox-distill"}] if listed() else []
+        return {"object": "list", "data": data}
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -66,6 +84,8 @@ def create_app(engine: Engine, *, model: str, title: str) -> FastAPI:
         """A request would be answered now."""
         try:
             await engine.check()
+        except NotReady as exc:
+            return JSONResponse({"status": "not ready", "reason": str(exc)}, 503)
         except DistillError as exc:
             log.warning("not ready: %s", exc)
             reason = "the model does not answer" if isinstance(exc, TeacherUnavailable) else "the model refuses to answer"
@@ -73,6 +93,15 @@ def create_app(engine: Engine, *, model: str, title: str) -> FastAPI:
         return JSONResponse({"status": "ready"})
 
     return app
+
+
+@contextmanager
+def cut_short() -> Iterator[None]:
+    """Answers a request that the server cancels, which it does to what is still in flight when it must end, as any that came too late."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        raise TeacherUnavailable("shutting down") from None
 
 
 def _known(asked: str, model: str) -> None:
@@ -111,10 +140,11 @@ def add_error_handlers(app: FastAPI) -> None:
                 return error_answer(404, str(exc), param="model", code="model_not_found")
             case RequestRefused():
                 return error_answer(400, str(exc))
+            case NotReady():
+                return error_answer(503, str(exc), headers=_retry_after(exc))
             case TeacherUnavailable():
                 log.warning("unavailable: %s", exc)
-                headers = {} if exc.retry_after_s is None else {"retry-after": str(math.ceil(exc.retry_after_s))}
-                return error_answer(503, "the model is not available now; try again", headers=headers)
+                return error_answer(503, "the model is not available now; try again", headers=_retry_after(exc))
             case TeacherRejected():
                 log.error("rejected: %s", exc)
                 return error_answer(502, "the model behind this service refuses to answer; its operator must look")
@@ -125,6 +155,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, exc: Exception) -> JSONResponse:
         return error_answer(500, "an error in this service; its log tells which")
+
+
+def _retry_after(exc: TeacherUnavailable) -> dict[str, str]:
+    return {} if exc.retry_after_s is None else {"retry-after": str(math.ceil(exc.retry_after_s))}
 
 
 def error_answer(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 
 from shared.contracts import Completion, GenerationRequest, Message, Sampling
 from shared.errors import EngineError, RequestRefused, TeacherRejected, TeacherUnavailable
-from shared.http.app import create_app
+from shared.http.app import NotReady, create_app
 
 SECRET = "http://engine-7:8000 vllm 0.33"
 CHAT = {"model": "teacher", "messages": [{"role": "user", "content": "prompt-that-nobody-may-log"}]}
@@ -242,7 +243,52 @@ def test_a_server_lives_without_its_engine_but_is_not_ready() -> None:
     assert get("/readyz").status_code == 200
 
 
-def test_the_app_closes_its_engine() -> None:
-    engine = Engine()
-    get("/healthz", engine)
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+def test_while_no_model_is_served_callers_are_told_what_it_waits_for_and_when_to_come_back(path: str, body: dict[str, Any]) -> None:
+    waiting = Engine(NotReady("nothing is promoted yet", retry_after_s=5))
+    answer = post(path, body, waiting)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert (error(answer)["message"], error(answer)["type"]) == ("nothing is promoted yet", "server_error")
+    assert get("/healthz", waiting).status_code == 200
+    not_ready = get("/readyz", waiting)
+    assert not_ready.status_code == 503
+    assert not_ready.json() == {"status": "not ready", "reason": "nothing is promoted yet"}
+
+
+def test_waiting_for_a_model_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    waiting = Engine(NotReady("nothing is promoted yet"))
+    post("/v1/completions", PLAIN, waiting)
+    get("/readyz", waiting)
+    assert not [record for record in caplog.records if record.name.startswith("shared")]
+
+
+def test_a_model_that_is_not_there_yet_is_not_listed() -> None:
+    there = False
+    app = create_app(Engine(), model="teacher", title="Teacher", listed=lambda: there)
+
+    async def listed() -> list[Any]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://face") as client:
+            return list((await client.get("/v1/models")).json()["data"])
+
+    assert asyncio.run(listed()) == []
+    there = True
+    assert [m["id"] for m in asyncio.run(listed())] == ["teacher"]
+
+
+def test_the_app_closes_its_engine_after_what_runs_beside_it() -> None:
+    engine, order = Engine(), []
+
+    @asynccontextmanager
+    async def beside() -> AsyncIterator[None]:
+        order.append("entered")
+        yield
+        order.append(f"left, engine closed: {engine.closed}")
+
+    async def run() -> None:
+        app = create_app(engine, model="teacher", title="Teacher", beside=beside)
+        async with app.router.lifespan_context(app):
+            order.append("serving")
+
+    asyncio.run(run())
+    assert order == ["entered", "serving", "left, engine closed: False"]
     assert engine.closed

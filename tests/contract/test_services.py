@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from tiny_servable import servable_llama
 from shared.contracts import Completion, GenerationRequest, Message, Sampling
 from shared.engines.convert import convert
 from shared.engines.scripted import ScriptedEngine
-from shared.errors import DataError, EngineError, RequestRefused, SettingsError
+from shared.errors import EngineError, RequestRefused, SettingsError
+from shared.http.serve import DRAIN_S
 from shared.prompts import zero_shot
 from shared.registry import promote
 from shared.settings import TaskSettings, load_settings
-from student_trainer.serving.app import DECODING, Student, chosen, generating_app
+from student_trainer.serving.app import DECODING, Student, generating_app
 from student_trainer.serving.settings import StudentServiceSettings
 from teacher_service.app import engine_of
 from teacher_service.settings import TeacherServiceSettings
@@ -34,7 +35,7 @@ Start = Callable[..., "tuple[subprocess.Popen[str], str]"]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start `distill` with the given options and wait for its first line; ends what a test leaves running."""
+    """Start `distill` with the given options, wait until it listens or ends, give that line; ends what a test leaves running."""
     running: list[subprocess.Popen[str]] = []
 
     def begin(*options: str, **variables: str) -> tuple[subprocess.Popen[str], str]:
@@ -43,7 +44,7 @@ def start() -> Iterator[Start]:
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **variables})
         running.append(process)
         assert process.stdout is not None
-        return process, process.stdout.readline().strip()
+        return process, next((line.strip() for line in process.stdout if "listening on" in line), "")
 
     yield begin
     for process in running:
@@ -87,6 +88,27 @@ def test_a_request_in_flight_is_finished_before_a_service_ends(start: Start) -> 
     assert process.wait(20) == 0
 
 
+def test_a_request_that_takes_longer_does_not_keep_a_service_from_ending_before_a_container_engine_kills_it(start: Start) -> None:
+    process, line = start("teacher", "--engine", "scripted", "--port", "0", TEACHER_DELAY_S="60")
+    body = {"model": "teacher", "prompt": "Is migraine hereditary?"}
+
+    async def ask_and_stop() -> tuple[httpx.Response, float]:
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+            asked = asyncio.create_task(client.post(f"{url_of(line)}/completions", json=body))
+            await asyncio.sleep(0.7)
+            process.send_signal(signal.SIGTERM)
+            begun = time.monotonic()
+            await asyncio.to_thread(process.wait, 20)
+            return await asked, time.monotonic() - begun
+
+    answer, took = asyncio.run(ask_and_stop())
+    assert process.returncode == 0
+    assert DRAIN_S <= took < 10
+    assert answer.status_code == 503
+    assert answer.json()["error"]["message"] == "the model is not available now; try again"
+    assert "Traceback" not in process.communicate()[1]
+
+
 def test_a_service_can_end_with_the_process_that_started_it(start: Start) -> None:
     process, _ = start("teacher", "--engine", "scripted", "--port", "0", "--until-stdin-closes")
     assert process.poll() is None
@@ -121,17 +143,12 @@ def test_the_student_is_served_by_its_folder_or_by_the_registry(start: Start, se
         assert process.wait(20) == 0
 
 
-def test_an_empty_registry_says_how_to_fill_it(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="distill promote"):
-        chosen(StudentServiceSettings(registry=tmp_path))
-
-
-def test_a_student_that_is_not_what_was_promoted_is_not_served(serving_folder: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(serving_folder, tmp_path / "copy"))
-    promoted = promote(tmp_path / "registry", copy, name="tiny", task=TaskSettings().model_dump(), scores={}, run="r", reason="a test")
-    (tmp_path / "registry" / promoted.folder / "model.bin").write_bytes(b"other")
-    with pytest.raises(DataError, match=r"model\.bin"):
-        chosen(StudentServiceSettings(registry=tmp_path / "registry"))
+def test_a_folder_that_is_no_student_ends_the_command_at_once(start: Start, tmp_path: Path) -> None:
+    process, line = start("serve", "--model-dir", str(tmp_path), "--port", "0")
+    _, said = process.communicate(timeout=20)
+    assert (line, process.returncode) == ("", EngineError.exit_code)
+    assert "distill export" in said
+    assert "Traceback" not in said
 
 
 class Echo(ScriptedEngine):
@@ -203,6 +220,13 @@ def test_settings_name_what_is_missing_and_misspelt(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TEACHER_ENGIN", "local")
     with pytest.raises(SettingsError, match="TEACHER_ENGINE"):
         load_settings(TeacherServiceSettings, flags={})
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("REGISTRY", "PORT", "PUBLIC_NAME"):
+        monkeypatch.setenv(f"STUDENT_{name}", "")
+    monkeypatch.setenv("STUDENT_MODEL_DIR", "model")
+    assert load_settings(StudentServiceSettings, flags={}) == StudentServiceSettings(model_dir=Path("model"))
 
 
 def test_a_missing_key_file_is_named(tmp_path: Path) -> None:

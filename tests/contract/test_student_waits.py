@@ -1,0 +1,504 @@
+"""The student's server that is up before anything is promoted: it waits, follows the registry, and shows a page."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+from tiny_servable import servable_llama
+
+from shared.contracts import Completion, GenerationRequest
+from shared.engines.convert import convert
+from shared.engines.scripted import ScriptedEngine
+from shared.errors import EngineError, RunMismatch, TeacherUnavailable
+from shared.http.app import NotReady
+from shared.registry import Promoted, promote, record_refusal, rollback
+from shared.settings import TaskSettings
+from student_trainer.serving.app import State, app_over, generating_app, student_app
+from student_trainer.serving.follow import LOOK_S, Follower, Loaded, Served, Student, load
+from student_trainer.serving.settings import StudentServiceSettings
+
+T = TypeVar("T")
+ASKED = GenerationRequest(prompt="word1 word2")
+ROUTES = {
+    "/v1/chat/completions": {"model": "student", "messages": [{"role": "user", "content": "word1"}], "max_tokens": 8},
+    "/v1/completions": {"model": "student", "prompt": "word1"},
+    "/v1/generate": {"question": "word1"},
+}
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Path:
+    """Where nothing is yet, not even a folder."""
+    return tmp_path / "run" / "registry"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("student")
+    return convert(str(servable_llama(root / "hf")), root / "serving", name="tiny", quantization="float32")
+
+
+def promoted(registry: Path, folder: Path, *, name: str) -> Promoted:
+    """The folder promoted under a recipe's name; another name is another version."""
+    scores = {"rouge1": 0.5, "rougeL": 0.4125}
+    return promote(registry, folder, name=name, task=TaskSettings(shots=0).model_dump(), scores=scores, run="r", reason="a test")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What passes for a serving folder where nobody loads it."""
+    made = tmp_path / "serving"
+    made.mkdir()
+    for file in ("serving.json", "model.bin", "tokenizer.json"):
+        (made / file).write_text("{}")
+    return made
+
+
+class Gate:
+    """An engine that answers with its version once it is let to; closing it refuses those that wait, as `LocalEngine` does."""
+
+    def __init__(self, version: str) -> None:
+        self.version, self.open, self.closed = version, asyncio.Event(), False
+
+    async def generate(self, request: GenerationRequest) -> list[Completion]:
+        await self.open.wait()
+        if self.closed:
+            raise TeacherUnavailable("shutting down")
+        return [Completion(text=self.version, finish_reason="stop")]
+
+    async def check(self) -> None:
+        pass
+
+    async def aclose(self) -> None:
+        self.closed = True
+        self.open.set()
+
+
+class Loader:
+    """Loads gates; keeps them; fails for the recipes named in `bad`."""
+
+    def __init__(self, *, opened: bool = True, bad: tuple[str, ...] = ()) -> None:
+        self.engines: dict[str, Gate] = {}
+        self.opened, self.bad, self.loads = opened, bad, 0
+
+    def __call__(self, student: Student) -> Loaded:
+        self.loads += 1
+        if student.name in self.bad:
+            raise EngineError("no such layer")
+        engine = self.engines[student.name] = Gate(student.version)
+        if self.opened:
+            engine.open.set()
+        return Loaded(student, engine, "encoder-decoder")
+
+
+async def answer(served: Served) -> str:
+    return (await served.generate(ASKED))[0].text
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not true():
+            await asyncio.sleep(0.01)
+
+
+def talk(registry: Path, steps: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
+    """`steps` against the real application over a registry."""
+
+    async def run() -> T:
+        app = student_app(StudentServiceSettings(registry=registry))
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://student") as client,
+        ):
+            return await steps(client)
+
+    return asyncio.run(run())
+
+
+class Server:
+    """`distill serve --registry` as a process of its own."""
+
+    def __init__(self, registry: Path) -> None:
+        command = [sys.executable, "-m", "shared.cli", "serve", "--registry", str(registry), "--port", "0"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, "STUDENT_HOST": ""})
+        assert self.process.stdout is not None
+        self.told = next(line.strip() for line in self.process.stdout if "listening on" in line)
+        self.client = httpx.Client(base_url=self.told.rpartition(" ")[2].removesuffix("/v1"), trust_env=False, timeout=20)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.client.close()
+        self.process.kill()
+        self.process.communicate()
+
+    def wait_for(self, version: str) -> None:
+        until = time.monotonic() + 20
+        while self.client.get("/v1/student").json()["version"] != version:
+            assert time.monotonic() < until, "nobody took up the promotion"
+            time.sleep(0.05)
+
+    def end(self) -> tuple[str, str]:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.communicate(timeout=20)
+
+
+def test_a_server_that_is_up_first_serves_what_is_promoted_then_replaced_then_rolled_back_and_fails_no_request(
+    registry: Path, tiny: Path
+) -> None:
+    with Server(registry) as server:
+        assert server.told.startswith("student: listening on http://127.0.0.1:")
+        assert server.client.get("/readyz").status_code == 503
+        first = promoted(registry, tiny, name="first")
+        server.wait_for(first.version)
+        assert server.client.get("/readyz").status_code == 200
+        stop = threading.Event()
+
+        def keep_asking() -> list[tuple[int, str]]:
+            seen = []
+            while not stop.is_set():
+                reply = server.client.post("/v1/generate", json={"question": "word1 word2"})
+                seen.append((reply.status_code, reply.json().get("version", reply.text)))
+            return seen
+
+        with ThreadPoolExecutor(4) as pool:
+            asking = [pool.submit(keep_asking) for _ in range(4)]
+            try:
+                second = promoted(registry, tiny, name="second")
+                server.wait_for(second.version)
+                rollback(registry)
+                server.wait_for(first.version)
+            finally:
+                stop.set()
+        replies = [reply for asked in asking for reply in asked.result()]
+        assert set(replies) == {(200, first.version), (200, second.version)}
+        out, err = server.end()
+    assert server.process.returncode == 0
+    assert err == f"student: no student is promoted yet; waiting for a promotion in {registry}\n"
+    score = "(rouge1 0.500, rougeL 0.412)"
+    lines = [f"student: serving version {p.version} of {p.name} {score}" for p in (first, second, first)]
+    assert out.splitlines() == lines
+
+
+def test_until_something_is_promoted_every_generating_route_says_what_it_waits_for_and_no_model_is_listed(registry: Path) -> None:
+    async def steps(client: httpx.AsyncClient) -> None:
+        reason = f"no student is promoted yet; waiting for a promotion in {registry}"
+        assert (await client.get("/healthz")).status_code == 200
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()) == (503, {"status": "not ready", "reason": reason})
+        assert (await client.get("/v1/models")).json()["data"] == []
+        for path, body in ROUTES.items():
+            refused = await client.post(path, json=body)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+            assert refused.json() == {"error": {"message": reason, "type": "server_error", "param": None, "code": None}}
+        state = (await client.get("/v1/student")).json()
+        assert state == {"ready": False, "reason": reason, "version": None, "name": None, "scores": {}, "promoted_at": None}
+
+    talk(registry, steps)
+
+
+def test_a_directory_that_will_never_be_a_registry_is_refused_at_once(registry: Path) -> None:
+    registry.mkdir(parents=True)
+    (registry / "run.json").write_text("{}")
+    with pytest.raises(RunMismatch, match="run directory"):
+        student_app(StudentServiceSettings(registry=registry))
+
+
+def test_what_was_promoted_before_the_start_is_served_from_the_first_request_on(registry: Path, tiny: Path) -> None:
+    version = promoted(registry, tiny, name="early")
+
+    async def steps(client: httpx.AsyncClient) -> None:
+        for path, body in ROUTES.items():
+            assert (await client.post(path, json=body)).status_code == 200
+        assert [m["id"] for m in (await client.get("/v1/models")).json()["data"]] == ["student"]
+        assert (await client.get("/v1/student")).json() == {
+            "ready": True,
+            "reason": None,
+            "version": version.version,
+            "name": "early",
+            "scores": {"rouge1": 0.5, "rougeL": 0.4125},
+            "promoted_at": version.promoted_at,
+        }
+
+    talk(registry, steps)
+
+
+def test_a_student_out_of_a_plain_folder_has_no_name_and_no_scores() -> None:
+    app = generating_app(ScriptedEngine(), Student(Path(), "unpromoted", TaskSettings()), kind="decoder-only", public_name="student")
+
+    async def state() -> Any:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://student") as client:
+            return (await client.get("/v1/student")).json()
+
+    told = asyncio.run(state())
+    assert told == {"ready": True, "reason": None, "version": "unpromoted", "name": None, "scores": {}, "promoted_at": None}
+
+
+def test_a_promotion_that_was_refused_is_told_with_its_reason(registry: Path) -> None:
+    record_refusal(registry, reason="the gain of 0.001 is below 0.01", run="r", scores={})
+    said = talk(registry, lambda client: client.get("/readyz")).json()["reason"]
+    assert said == (
+        f"no student is promoted yet (the last one was refused: the gain of 0.001 is below 0.01); waiting for a promotion in {registry}"
+    )
+
+
+def test_a_damaged_version_is_refused_with_one_line_and_told_while_nothing_is_served(
+    registry: Path, tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = promoted(registry, tiny, name="damaged")
+    (registry / damaged.folder / "model.bin").write_bytes(b"other")
+
+    async def steps(client: httpx.AsyncClient) -> str:
+        await asyncio.sleep(2.5 * LOOK_S)
+        reason = str((await client.get("/readyz")).json()["reason"])
+        assert (await client.post("/v1/generate", json={"question": "a"})).json()["error"]["message"] == reason
+        return reason
+
+    reason = talk(registry, steps)
+    assert reason.startswith(f"promoted version {damaged.version} cannot be served: ")
+    assert "model.bin" in reason
+    assert caplog.messages == [f"student: {reason}"]
+
+
+def test_what_cannot_be_served_leaves_the_one_before_in_place_and_the_next_is_served(
+    registry: Path, folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def run() -> None:
+        served, loader = Served(), Loader(bad=("bad",))
+        follower = Follower(registry, served, load=loader)
+        good = promoted(registry, folder, name="good")
+        await follower.look()
+        bad = promoted(registry, folder, name="bad")
+        for _ in range(3):
+            await follower.look()
+        assert await answer(served) == good.version
+        reason = f"promoted version {bad.version} cannot be served: no such layer"
+        assert served.reason == reason
+        assert caplog.messages == [f"student: {reason}; version {good.version} stays served"]
+        assert loader.loads == 2
+        assert not loader.engines["good"].closed
+        better = promoted(registry, folder, name="better")
+        await follower.look()
+        assert await answer(served) == better.version
+        assert served.reason is None
+        (registry / "current.json").write_text("{")
+        for _ in range(2):
+            await follower.look()
+        assert await answer(served) == better.version
+        assert "current.json" in str(served.reason)
+        assert len(caplog.messages) == 2
+        assert len(capsys.readouterr().out.splitlines()) == 2
+
+    asyncio.run(run())
+
+
+def test_the_pointer_that_stays_loads_nothing_again(registry: Path, folder: Path) -> None:
+    async def run() -> None:
+        loader = Loader()
+        follower = Follower(registry, Served(), load=loader)
+        promoted(registry, folder, name="one")
+        for _ in range(3):
+            await follower.look()
+        assert loader.loads == 1
+
+    asyncio.run(run())
+
+
+def test_a_request_in_flight_ends_on_the_student_it_began_with_which_is_closed_only_then(registry: Path, folder: Path) -> None:
+    async def run() -> None:
+        served, loader = Served(), Loader(opened=False)
+        follower = Follower(registry, served, load=loader)
+        old = promoted(registry, folder, name="old")
+        await follower.look()
+        asked = asyncio.create_task(answer(served))
+        await asyncio.sleep(0)
+        new = promoted(registry, folder, name="new")
+        looking = asyncio.create_task(follower.look())
+        await until(lambda: served.loaded is not None and served.loaded.student.version == new.version)
+        loader.engines["new"].open.set()
+        assert await answer(served) == new.version
+        assert not loader.engines["old"].closed
+        assert not asked.done()
+        loader.engines["old"].open.set()
+        assert await asked == old.version
+        await looking
+        assert loader.engines["old"].closed
+
+    asyncio.run(run())
+
+
+def test_a_request_that_never_ends_holds_a_replaced_student_for_a_bounded_time(registry: Path, folder: Path) -> None:
+    async def run() -> None:
+        served, loader = Served(retire_s=0.05), Loader(opened=False)
+        follower = Follower(registry, served, load=loader)
+        promoted(registry, folder, name="old")
+        await follower.look()
+        asked = asyncio.create_task(answer(served))
+        await asyncio.sleep(0)
+        promoted(registry, folder, name="new")
+        await follower.look()
+        assert loader.engines["old"].closed
+        with pytest.raises(TeacherUnavailable):
+            await asked
+
+    asyncio.run(run())
+
+
+def test_requests_that_queue_on_a_real_engine_are_answered_by_it_although_it_is_replaced(registry: Path, tiny: Path) -> None:
+    async def run() -> None:
+        served = Served()
+        follower = Follower(registry, served, load=load)
+        promoted(registry, tiny, name="old")
+        await follower.look()
+        asked = [asyncio.create_task(served.generate(GenerationRequest(prompt=f"word{i % 50} word2"))) for i in range(400)]
+        await asyncio.sleep(0)
+        before = served.loaded
+        assert before is not None
+        assert before.in_flight == 400
+        promoted(registry, tiny, name="new")
+        await follower.look()
+        assert before.in_flight == 0
+        assert served.loaded is not before
+        assert len(await asyncio.gather(*asked)) == 400
+        with pytest.raises(TeacherUnavailable):
+            await before.engine.check()
+        await served.check()
+        await served.aclose()
+
+    asyncio.run(run())
+
+
+def test_questions_of_one_request_are_answered_by_one_version_which_is_the_one_that_the_answer_names() -> None:
+    async def run() -> None:
+        old, new = (Loaded(Student(Path(), v, TaskSettings()), Gate(v), "encoder-decoder") for v in ("old", "new"))
+        served = Served(old)
+        transport = httpx.ASGITransport(app_over(served, public_name="student"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://student") as client:
+            asked = asyncio.create_task(client.post("/v1/generate", json={"question": ["one", "two", "three"]}))
+            await until(lambda: old.in_flight == 1)
+            replacing = asyncio.create_task(served.replace(new))
+            await until(lambda: served.loaded is new)
+            assert (await client.get("/v1/student")).json()["version"] == "new"
+            old.engine.open.set()
+            reply = (await asked).json()
+            await replacing
+        assert [reply["version"], *(a["text"] for a in reply["answers"])] == ["old"] * 4
+
+    asyncio.run(run())
+
+
+def test_a_long_load_keeps_nobody_waiting_who_asks_the_student_before(registry: Path, folder: Path) -> None:
+    go = threading.Event()
+
+    class SlowToLoad(Loader):
+        def __call__(self, student: Student) -> Loaded:
+            if student.name == "new":
+                assert go.wait(20)
+            return super().__call__(student)
+
+    async def run() -> None:
+        served = Served()
+        follower = Follower(registry, served, load=SlowToLoad())
+        old = promoted(registry, folder, name="old")
+        await follower.look()
+        new = promoted(registry, folder, name="new")
+        looking = asyncio.create_task(follower.look())
+        await asyncio.sleep(0.1)
+        assert await answer(served) == old.version
+        go.set()
+        await looking
+        assert await answer(served) == new.version
+
+    asyncio.run(run())
+
+
+def test_following_ends_at_once_and_leaves_no_task(registry: Path) -> None:
+    async def run() -> None:
+        async with Follower(registry, Served()).following():
+            assert len(asyncio.all_tasks()) == 2
+        assert len(asyncio.all_tasks()) == 1
+
+    begun = time.monotonic()
+    asyncio.run(run())
+    assert time.monotonic() - begun < LOOK_S
+
+
+def test_an_empty_seat_refuses_with_a_time_to_come_back() -> None:
+    ask: list[Coroutine[Any, Any, Any]] = [Served().generate(ASKED), Served().check()]
+    for asked in ask:
+        with pytest.raises(NotReady) as raised:
+            asyncio.run(asked)
+        assert raised.value.retry_after_s == 5
+
+
+class Page(HTMLParser):
+    """The elements of a page, its text by element, and what its `id`s and labels name."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+
+    def all(self, attribute: str) -> set[str | None]:
+        return {a[attribute] for _, a in self.elements if attribute in a}
+
+
+@pytest.fixture(scope="module")
+def page() -> httpx.Response:
+    return talk(Path("nothing-is-here"), lambda client: client.get("/"))
+
+
+def test_the_page_is_there_before_anything_is_served_and_may_speak_with_nobody_but_this_server(page: httpx.Response) -> None:
+    assert page.status_code == 200
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    rules = dict(rule.strip().partition(" ")[::2] for rule in page.headers["content-security-policy"].split(";"))
+    assert (rules["default-src"], rules["connect-src"]) == ("'none'", "'self'")
+    shown = Page(page.text)
+    assert shown.all("src") == set()
+    assert shown.all("href") == {"data:,"}
+    assert not re.search(r"https?://|@import|url\(", page.text)
+
+
+def test_the_page_puts_foreign_text_in_as_text(page: httpx.Response) -> None:
+    assert "textContent" in page.text
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", page.text)
+
+
+def test_the_page_has_a_label_for_every_field_and_tells_its_changes_to_screen_readers(page: httpx.Response) -> None:
+    shown = Page(page.text)
+    ids = shown.all("id")
+    fields = {a.get("id") for tag, a in shown.elements if tag in ("input", "textarea", "select")}
+    assert fields == {a["for"] for tag, a in shown.elements if tag == "label"} == {"question"}
+    assert ids >= shown.all("aria-labelledby") | shown.all("aria-describedby")
+    status = {a.get("id") for tag, a in shown.elements if a.get("role") == "status" or tag == "output"}
+    assert status == {"state", "note", "answer"}
+    assert ("html", {"lang": "en"}) in shown.elements
+    assert all(value == "0" for value in shown.all("tabindex"))
+    assert any(a.get("name") == "viewport" for _, a in shown.elements)
+    assert "prefers-color-scheme: dark" in page.text
+
+
+def test_the_page_names_only_elements_it_has_and_fields_the_server_gives(page: httpx.Response) -> None:
+    assert Page(page.text).all("id") >= set(re.findall(r'\bat\("(\w+)"\)', page.text)) > {"question", "answer", "curl"}
+    used = set(re.findall(r"\bstudent\.(\w+)", page.text)) | {"ready", "version"}
+    assert used == set(State.model_fields)
+    assert set(re.findall(r'fetch\("(\S+?)"', page.text)) == {"v1/student", "v1/generate"}
