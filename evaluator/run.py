@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evaluator.promote import promote
 from shared.commands import open_run, stage_parser
+from shared.errors import SettingsError
 
 if TYPE_CHECKING:
+    from shared.artifacts import Run, Stage
     from shared.http.client import HttpEngine
     from shared.settings import TeacherSettings
 
@@ -15,29 +19,48 @@ def main(argv: list[str]) -> int:
     parser = stage_parser("evaluate", "Score the distilled student, its teacher, its former self and trivial baselines on the test split.")
     parser.add_argument("--teacher-url", metavar="URL", help="where the teacher answers, with its /v1, if the recipe has no teacher.url")
     parser.add_argument("--score-only", action="store_true", help="score the stored predictions again, without any model")
+    parser.add_argument(
+        "--promote", action="store_true", help="go on as `distill promote` does, also after --score-only or when there was nothing to do"
+    )
+    parser.add_argument("--registry", type=Path, metavar="DIR", help="with --promote: where to; default: registry/ in the run")
     arguments = parser.parse_args(argv)
+    if arguments.registry and not arguments.promote:
+        raise SettingsError("--registry says where to promote to: give --promote as well, or leave it out")
     run = open_run(arguments)
 
-    from evaluator.stage import evaluate, score_again
-    from shared.models import serving_folder
+    from evaluator.stage import score_again
+    from shared.registry import rolled_back
 
-    stage, recipe, teacher = run.stage("evaluation", ["dataset", "model"]), run.recipe, run.recipe.teacher
+    stage = run.stage("evaluation", ["dataset", "model"])
+    registry = arguments.registry or run.path / "registry"
+    # asked before the work is done: a folder that is no registry is refused now
+    stays = arguments.promote and rolled_back(registry) and stage.complete
     if arguments.score_only:
         score_again(stage)
-        return 0
-    if stage.complete:
+    elif stage.complete:
         print("evaluation: complete, nothing to do")
-        return 0
+    else:
+        evaluate_all(run, stage, arguments.teacher_url)
+    if stays:
+        print("promote: left as it is, since it was rolled back; `distill promote` serves this student again")
+    elif arguments.promote:
+        promote(run, registry)
+    return 0
 
+
+def evaluate_all(run: Run, stage: Stage, teacher_url: str | None) -> None:
+    """Ask every system of the recipe and score the answers. Raises as `evaluator.stage.evaluate` does."""
+    from evaluator.stage import evaluate
     from shared.engines.local import LocalModel
+    from shared.models import serving_folder
 
+    recipe = run.recipe
     evaluate(
         stage,
-        open_teacher=lambda: open_teacher(teacher, arguments.teacher_url),
+        open_teacher=lambda: open_teacher(recipe.teacher, teacher_url),
         load_base=lambda: LocalModel(serving_folder(recipe.student.model, recipe.export.quantization)),
         load_distilled=lambda: LocalModel(run.path / "model" / "serving"),
     )
-    return 0
 
 
 def open_teacher(teacher: TeacherSettings, given: str | None) -> HttpEngine:

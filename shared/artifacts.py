@@ -26,7 +26,10 @@ from shared.contracts import Contract, FileRef, Manifest
 from shared.errors import DataError, RunMismatch, StageOrder, StorageError, storage_error
 from shared.settings import PROCEDURE, Recipe
 
+FORMAT = 1
+"""Of run directories. A run.json that names none is of format 1: version 0.1.0 began without the mark."""
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "ctranslate2", "rouge_score", "nltk", "httpx", "pydantic")
+ANOTHER_RUN = "give another --out (with compose: RUN=name)"
 _LOCKED: dict[Path, int] = {}
 """Lock files this process holds, with their handles: a stage may be opened several times in one process, not in two."""
 T = TypeVar("T", bound=Contract)
@@ -55,7 +58,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Write all of `data` to `path`, durably, or leave what was there. Raises StorageError."""
     if isinstance(data, str):
         data = data.encode()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -99,7 +102,7 @@ def read_jsonl(path: Path, model: type[T]) -> list[T]:
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill that takes the place of `path`, whole, when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -217,8 +220,12 @@ class Run:
 
     @classmethod
     def open(cls, path: Path, recipe: Recipe) -> Run:
-        """Open or begin a run. Raises RunMismatch that shows each setting that differs from the run's own."""
+        """Open or begin a run.
+
+        Raises RunMismatch that shows each setting that differs from the run's own, or for a directory that this version cannot use.
+        """
         mine, file = recipe.model_dump(mode="json"), path / "run.json"
+        fresh = {"format": FORMAT, "recipe": mine, "created_at": now()}
         if file.exists():
             theirs = _recorded_recipe(file)
             differences = [
@@ -227,15 +234,15 @@ class Run:
                 if key not in PROCEDURE
             ]
             if differences and _is_unused(path):  # an earlier command failed before its first stage did anything
-                write_json(file, {"recipe": mine, "created_at": now()})
+                write_json(file, fresh)
             elif differences:
                 raise RunMismatch(
-                    f"{path} belongs to a run with other settings; give another --out, or ask for the same: " + "; ".join(differences)
+                    f"{path} belongs to a run with other settings; {ANOTHER_RUN}, or ask for the same: " + "; ".join(differences)
                 )
         else:
             if path.exists() and (not path.is_dir() or not all(map(_is_temporary, path.iterdir()))):
-                raise RunMismatch(f"{path} exists, is not empty and is no run directory (it has no run.json); give another --out")
-            write_json(file, {"recipe": mine, "created_at": now()})
+                raise RunMismatch(f"{path} exists, is not empty and is no run directory (it has no run.json); {ANOTHER_RUN}")
+            write_json(file, fresh)
         return cls(path, recipe)
 
     def stage(self, name: str, inputs: Sequence[str] = ()) -> Stage:
@@ -324,20 +331,37 @@ def _lock(path: Path, what: str) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as exc:
-        holder = os.read(handle, 32).decode(errors="replace").strip()
+        holder = os.read(handle, 256).decode(errors="replace").strip()
         os.close(handle)
         raise StorageError(f"process {holder or '?'} is at work on {what}; wait for it or end it") from exc
     with contextlib.suppress(OSError):  # who holds it is a courtesy, for which a full disk may have no room
         os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        # a pid alone means nothing to another container
+        os.pwrite(handle, f"{os.getpid()} on {platform.node()}".encode(), 0)
     _LOCKED[path] = handle
 
 
 def _recorded_recipe(file: Path) -> Any:
+    content = read_json(file)
+    refuse_other_format(file, content, FORMAT, ANOTHER_RUN)
     try:
-        return read_json(file)["recipe"]
+        return content["recipe"]
     except (KeyError, TypeError) as exc:
-        raise DataError(f"{file}: no recipe in it; it is damaged, give another --out") from exc
+        raise DataError(f"{file}: no recipe in it; it is damaged, {ANOTHER_RUN}") from exc
+
+
+def refuse_other_format(file: Path, content: Any, ours: int, otherwise: str) -> None:
+    """Return if the format that a file names (none: 1) is ours. Raises RunMismatch."""
+    theirs = content.get("format", 1) if isinstance(content, dict) else 1
+    if theirs != ours:
+        raise RunMismatch(
+            f"{file}: format {theirs}, and this version reads and writes format {ours}; use the one that wrote it, or {otherwise}"
+        )
+
+
+def _temporary(path: Path) -> Path:
+    """Where to write what shall become `path`: a name that no other process has, in this container or another."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
 def _is_temporary(path: Path) -> bool:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import signal
 import sys
+import threading
 
 COMMANDS = {
     "run": ("student_trainer.pipeline", "all stages on this machine, ending with the student served"),
+    "prepare": ("student_trainer.prepare", "fetch the rows and make the models a run needs, so that nothing later does"),
+    "fetch": ("student_trainer.fetch", "download or build a model for an engine that has no network"),
     "teacher": ("teacher_service.main", "serve a black-box teacher over HTTP: text in, text out"),
     "harvest": ("student_trainer.harvest.run", "ask the teacher for its answers, each kept in a ledger"),
     "sample": ("student_trainer.sample", "let the undistilled student answer the same prompts"),
@@ -20,11 +24,12 @@ COMMANDS = {
     "rollback": ("evaluator.rollback", "serve the previously promoted student again"),
     "serve": ("student_trainer.serving.main", "serve the promoted student over HTTP"),
     "status": ("student_trainer.status", "what a run directory has done and what is left"),
+    "monitor": ("student_trainer.monitor", "tell Prometheus how far the runs are"),
 }
 
 
 PART_OF_A_RUN = "_DISTILL_PART_OF_A_RUN"
-"""Set by `distill run` for the stages it starts."""
+"""Set by `distill run` for the stages it starts; their standard input closes when the run is gone, however it went."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,12 +87,51 @@ def entry() -> None:
     """What the console script runs: `main`, ending the process with its exit code."""
     from shared.errors import INTERRUPTED
 
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # an end without tidying up loses no line
+    _end_when_told_to()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     if code == INTERRUPTED:
         os._exit(code)  # CPython dies of SIGINT at its end if the Ctrl-C fell into an exec() somewhere, although it was caught
     sys.exit(code)
+
+
+def _end_when_told_to() -> None:
+    """On SIGTERM end this process at once with 143, whatever it is doing; a part of a run ends so when the run is gone.
+
+    Nothing is tidied up, since what is on disk survives worse. A thread does it, woken by the C half of Python's signal handling:
+    Python's own handlers have to wait for whatever call into a library is under way. Without a handler PID 1 of a container would
+    not hear the signal. Servers put their own handler in place of this one.
+    """
+    from shared.errors import TERMINATED
+
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.signal(signal.SIGTERM, _told_to_end)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    # a forked child would wake its parent
+    os.register_at_fork(after_in_child=lambda: (signal.set_wakeup_fd(-1), signal.signal(signal.SIGTERM, signal.SIG_DFL)))
+    part = bool(os.environ.get(PART_OF_A_RUN))
+
+    def told() -> bool:
+        ready, _, _ = select.select([woken, 0] if part else [woken], [], [])
+        return 0 in ready or (signal.SIGTERM in os.read(woken, 64) and signal.getsignal(signal.SIGTERM) is _told_to_end)
+
+    def wait() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # else it would take in a Ctrl-C that `uninterrupted` keeps waiting
+        while not told():
+            pass
+        if not part:  # else the whole run tells
+            name = " ".join(["distill", *sys.argv[1:2]])
+            os.write(2, f"{name}: told to end; everything done so far is kept, and the same command goes on from there\n".encode())
+        os._exit(TERMINATED)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _told_to_end(signum: int, frame: object) -> None:
+    """Nothing: the thread that waits for it has been woken."""
 
 
 def usage() -> str:

@@ -5,7 +5,7 @@ DistillError                     1
   PromotionRefused               3   the student did not win; what was served stays served
   DataError                      4   mend the data file
     LeakageError                 5   test rows would reach training
-  RunMismatch                    6   another recipe owns this run directory
+  RunMismatch                    6   another recipe or another version owns this directory, or it is something else
   TeacherError                   7
     TeacherUnavailable           7   worth retrying: refused, reset, timed out, 5xx, 429
     TeacherRejected              7   retrying cannot help: wrong URL or key, not an OpenAI-compatible answer
@@ -24,6 +24,8 @@ from pathlib import Path
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
+TERMINATED = 143
+"""Exit code of a job after SIGTERM, which is how containers are stopped; servers finish what is in flight and end with 0."""
 
 
 class DistillError(Exception):

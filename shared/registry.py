@@ -1,6 +1,7 @@
 """The registry of promoted students: what is served now, what was served before, and why. Written by promotion, read by serving.
 
 REGISTRY/
+  format.json                   which version of this layout it is; written before everything else
   versions/<id>/serving/        a copy of the serving folder, beside it the model card and the reports
   versions/<id>/promoted.json   written last: a version without it does not exist
   current.json                  what is served now; replaced in one step, so a reader needs no lock
@@ -18,9 +19,24 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from shared.artifacts import Ledger, canonical, new_directory, now, sha256_bytes, sha256_file, write_atomic
+from shared.artifacts import (
+    Ledger,
+    canonical,
+    new_directory,
+    now,
+    read_json,
+    refuse_other_format,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 from shared.contracts import Contract
-from shared.errors import DataError, PromotionRefused, StorageError
+from shared.errors import DataError, PromotionRefused, RunMismatch, StorageError
+
+FORMAT = 1
+"""Of registries. One without format.json is of format 1: version 0.1.0 began without it."""
+ENTRIES = {"format.json", "current.json", "history.jsonl", "versions"}
 
 
 class Promoted(Contract):
@@ -59,7 +75,11 @@ class Event(Contract):
 
 
 def current(registry: Path) -> Promoted | None:
-    """What is served now; None before the first promotion. Raises DataError for a damaged pointer."""
+    """What is served now; None before the first promotion.
+
+    Raises DataError for a damaged pointer, RunMismatch for a directory that is no registry, or one of another version.
+    """
+    _check(registry)
     return _read(registry / "current.json")
 
 
@@ -155,7 +175,8 @@ def record_refusal(registry: Path, *, reason: str, run: str, scores: Mapping[str
 
 
 def history(registry: Path) -> list[Event]:
-    """Every event, oldest first; a last line that is still being written is left out."""
+    """Every event, oldest first; a last line that is still being written is left out. Raises as `current` does."""
+    _check(registry)
     file = registry / "history.jsonl"
     if not file.exists():
         return []
@@ -165,9 +186,33 @@ def history(registry: Path) -> list[Event]:
         raise DataError(f"{file} holds a line that is no event: {exc.errors()[0]['msg']}") from exc
 
 
+def rolled_back(registry: Path) -> bool:
+    """Whether the last word on what is served was somebody's rollback, which doing the same again must not undo."""
+    return [event.what for event in history(registry) if event.what != "refused"][-1:] == ["rolled back"]
+
+
+def _check(registry: Path) -> None:
+    """Return if this is a registry that this version can use, or nothing yet. Raises RunMismatch, DataError."""
+    if (registry / "run.json").exists():
+        raise RunMismatch(f"{registry} is a run directory and no registry; the run's own is {registry / 'registry'}")
+    file = registry / "format.json"
+    if file.exists():
+        refuse_other_format(file, read_json(file), FORMAT, "give another --registry")
+    elif registry.exists() and not (registry.is_dir() and _is_ours(registry)):
+        raise RunMismatch(f"{registry} exists, is not empty and is no registry; give another --registry")
+
+
+def _is_ours(registry: Path) -> bool:
+    visible = {entry.name for entry in registry.iterdir() if not entry.name.startswith(".")}
+    return not visible or bool(visible & ENTRIES)
+
+
 @contextlib.contextmanager
 def _writing(registry: Path) -> Iterator[tuple[Promoted | None, Ledger[Event]]]:
-    """What is served, and the history opened for writing, which shuts out every other writer. Raises StorageError."""
+    """What is served, and the history opened for writing, which shuts out every other writer. Raises StorageError, RunMismatch."""
+    _check(registry)
+    if not (registry / "format.json").exists():
+        write_json(registry / "format.json", {"format": FORMAT})
     with Ledger(registry / "history.jsonl", Event) as events:
         for leftover in (registry / "versions").glob(".*.tmp"):  # of a promotion that was killed while copying
             shutil.rmtree(leftover, ignore_errors=True)

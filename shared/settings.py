@@ -1,5 +1,6 @@
 """Settings and recipes: flag > environment variable > recipe YAML > default; what nobody knows is refused by name.
 
+An empty variable is none: compose files pass `${X:-}`.
 A secret is a field of type SecretStr with a twin `NAME_file`: a path whose content is the secret, as container engines mount them.
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError as SourceError
 
@@ -20,6 +21,10 @@ from shared.errors import SettingsError
 
 RESERVED = {"DISTILL_CACHE"}
 """Variables with our prefix that are no recipe settings. DISTILL_CACHE: where converted weights and downloads are kept."""
+
+Quantization = Literal["int8", "float16", "float32"]
+DEFAULT_QUANTIZATION: Quantization = "int8"
+"""Of students and of local teachers alike."""
 
 
 def cache_dir() -> Path:
@@ -81,7 +86,7 @@ class TaskSettings(Section):
 
 
 class LaunchSettings(Section):
-    """A teacher that `distill run` starts itself as a process of its own, to be asked over HTTP like any other."""
+    """A teacher of the recipe's own, to be asked over HTTP like any other: `distill run` starts it, or `distill teacher --recipe`."""
 
     engine: Literal["local", "scripted"]
     model: str = "embedded:smollm2-135m-questions"
@@ -89,11 +94,12 @@ class LaunchSettings(Section):
 
 
 class TeacherSettings(Section):
-    """Who is asked. Exactly one of `url` and `launch`."""
+    """Who is asked: `url`, else `launch`. A URL takes the place of `launch`, so that one variable swaps the teacher of any recipe."""
 
     url: str | None = None
     """Base URL of an OpenAI-compatible API, with its /v1."""
     launch: LaunchSettings | None = None
+    """None where a URL is given."""
     model: str = "teacher"
     """The public model name to ask for."""
     protocol: Literal["chat", "completions"] = "chat"
@@ -104,10 +110,15 @@ class TeacherSettings(Section):
     max_attempts: int = Field(5, ge=1)
     """Attempts at one request when the teacher is unavailable."""
 
+    @field_validator("launch")
+    @classmethod
+    def _url_comes_first(cls, launch: LaunchSettings | None, others: ValidationInfo) -> LaunchSettings | None:
+        return None if others.data.get("url") is not None else launch
+
     @model_validator(mode="after")
-    def _one_way(self) -> TeacherSettings:
-        if (self.url is None) == (self.launch is None):
-            raise ValueError("give exactly one of url and launch")
+    def _somebody_is_asked(self) -> TeacherSettings:
+        if self.url is None and self.launch is None:
+            raise ValueError("give url or launch")
         return self
 
     def address(self, given: str | None) -> str:
@@ -215,7 +226,7 @@ class TrainSettings(Section):
 class ExportSettings(Section):
     """The form in which a student is served."""
 
-    quantization: Literal["int8", "float16", "float32"] = "int8"
+    quantization: Quantization = DEFAULT_QUANTIZATION
 
 
 class EvaluateSettings(Section):
@@ -243,7 +254,12 @@ class Recipe(BaseSettings):
     """Everything that makes a run what it is. Environment: DISTILL_TRAIN__EPOCHS=2 is train.epochs."""
 
     model_config = SettingsConfigDict(
-        env_prefix="DISTILL_", env_nested_delimiter="__", extra="forbid", frozen=True, nested_model_default_partial_update=True
+        env_prefix="DISTILL_",
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        nested_model_default_partial_update=True,
     )
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
@@ -313,7 +329,7 @@ class _Layer(PydanticBaseSettingsSource):
 
 
 def read_secret(value: SecretStr | None, file: Path | None, field: str) -> str | None:
-    """The secret given directly, else the content of its file, else None; an empty variable gives none, as compose files do.
+    """The secret given directly, else the content of its file, else None; an empty one is none.
 
     Raises SettingsError for an unreadable or empty file.
     """

@@ -11,12 +11,16 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    arguments = stage_parser("export", __doc__).parse_args(argv)
-    run = open_run(arguments)
+    export(open_run(stage_parser("export", __doc__).parse_args(argv)))
+    return 0
+
+
+def export(run: Run) -> None:
+    """Run the stage `model`. Raises StageOrder, EngineError, StorageError."""
     stage = run.stage("model", inputs=["checkpoints"])
     if stage.complete:
         print("export: complete, nothing to do")
-        return 0
+        return
 
     import os
     import shutil
@@ -26,6 +30,8 @@ def main(argv: list[str]) -> int:
     with uninterrupted():
         from shared.engines.convert import convert
 
+    for leftover in run.path.glob(".model.*.tmp"):  # of an export that was killed; the stage is ours alone
+        shutil.rmtree(leftover, ignore_errors=True)
     print(f"export: converting the student to CTranslate2 {run.recipe.export.quantization}", flush=True)
     student, recipe = run.path / "checkpoints" / "student", run.recipe
     with new_directory(stage.path) as folder:
@@ -37,7 +43,6 @@ def main(argv: list[str]) -> int:
     stage.finish([stage.path / "hf", stage.path / "serving", stage.path / "README.md"], settings=settings)
     size = os.path.getsize(stage.path / "serving" / "model.bin")
     print(f"export: {stage.path}/serving, {recipe.export.quantization}, {size / 1e6:.0f} MB")
-    return 0
 
 
 def _link(source: str, target: str) -> str:

@@ -1,4 +1,7 @@
-"""`distill run`: all stages on this machine, each a process of its own, in the order compose uses, ending with the student served."""
+"""`distill run`: all stages on this machine, each a process of its own, in the order compose uses, ending with the student served.
+
+However this process ends, its stages and its teacher end with it.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,7 @@ def main(argv: list[str]) -> int:
 
     from shared.artifacts import Run
     from shared.embedded.weights import ORIGIN
+    from shared.registry import rolled_back
     from shared.settings import Recipe, load_settings
     from student_trainer.progress import unfinished
 
@@ -70,14 +74,17 @@ def main(argv: list[str]) -> int:
     left = unfinished(out)
     asks = arguments.retry_failed or any(STAGES[command] in left for command in ASKS_TEACHER)
     teacher = recipe.teacher.launch if asks else None
+    if left or asks:
+        _stage("prepare", shared)
+    prepared = time.monotonic() - begun
     with _teacher(run, teacher) if teacher else nullcontext() as url:
         for command in STAGES:
             extra = ["--teacher-url", url] if url and command in ASKS_TEACHER else []
             if arguments.retry_failed and command == "harvest":
                 extra.append("--retry-failed")
             _stage(command, shared + extra)
-    _print_times(run, time.monotonic() - begun)
-    if _rolled_back(out / "registry"):
+    _print_times(run, time.monotonic() - begun, prepared)
+    if rolled_back(out / "registry"):
         print("promote: left as it is, since it was rolled back; `distill promote` serves this student again", flush=True)
     else:
         _stage("promote", shared)
@@ -87,14 +94,6 @@ def main(argv: list[str]) -> int:
     ask = """-H 'content-type: application/json' -d '{"question": "..."}'"""
     print(f"to ask it: curl http://127.0.0.1:{arguments.port}/v1/generate {ask}", flush=True)
     return _become("serve", ["--registry", str(out / "registry"), "--port", str(arguments.port)])
-
-
-def _rolled_back(registry: Path) -> bool:
-    """Whether the last word on what is served was somebody's rollback, which a rerun must not undo."""
-    from shared.registry import history
-
-    events = history(registry)
-    return bool(events) and events[-1].what == "rolled back"
 
 
 def _dataset_flags(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +139,9 @@ class StageFailed(DistillError):
 
 def _run_child(command: str, options: list[str]) -> int:
     """Run `distill COMMAND` to its end. Raises KeyboardInterrupt after a Ctrl-C, once the child has saved and stopped."""
-    child = subprocess.Popen([sys.executable, "-m", "shared.cli", command, *options], env={**_quiet(), PART_OF_A_RUN: "1"})
+    arguments = [sys.executable, "-m", "shared.cli", command, *options]
+    # a child whose standard input closes ends: it never goes on without this process
+    child = subprocess.Popen(arguments, stdin=subprocess.PIPE, env={**_quiet(), PART_OF_A_RUN: "1"})
     try:
         return child.wait()
     except KeyboardInterrupt:
@@ -228,9 +229,9 @@ def _quiet() -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
-def _print_times(run: Run, wall: float) -> None:
+def _print_times(run: Run, wall: float, prepared: float) -> None:
     rows = [(folder, manifest.seconds) for folder in ("dataset", *STAGES.values()) if (manifest := run.manifest(folder))]
     # kilobytes on Linux, bytes on macOS
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     print("\ntime by stage (s):  " + "  ".join(f"{folder} {seconds:.0f}" for folder, seconds in rows))
-    print(f"this command: {wall:.0f} s; its largest process took {peak:,.0f} MB\n", flush=True)
+    print(f"this command: {wall:.0f} s, {prepared:.0f} s of them to prepare; its largest process took {peak:,.0f} MB\n", flush=True)

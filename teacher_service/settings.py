@@ -8,11 +8,13 @@ from typing import Literal
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.settings import DEFAULT_QUANTIZATION, Quantization
+
 
 class TeacherServiceSettings(BaseSettings):
     """Who answers, under which name, at which address."""
 
-    model_config = SettingsConfigDict(env_prefix="TEACHER_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="TEACHER_", env_ignore_empty=True, extra="forbid", frozen=True)
 
     engine: Literal["upstream", "local", "scripted"] = "local"
     """upstream: another OpenAI-compatible server, e.g. vLLM. local: a model in this process. scripted: no model, for dry runs."""
@@ -28,7 +30,7 @@ class TeacherServiceSettings(BaseSettings):
     """Attempts at one request; who asks this server retries by itself."""
     model_ref: str = "embedded:smollm2-135m-questions"
     """local: a model reference (see shared/models.py) or a serving folder."""
-    quantization: Literal["int8", "float16", "float32"] = "int8"
+    quantization: Quantization = DEFAULT_QUANTIZATION
     """local: of a model that has to be converted first."""
     delay_s: float = Field(0.0, ge=0)
     """scripted: seconds before every answer."""
@@ -37,6 +39,8 @@ class TeacherServiceSettings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     """0 picks a free one."""
+    metrics_port: int | None = Field(None, ge=0, le=65535)
+    """Numbers for Prometheus are told there, on the same host; None: nowhere. 0 picks a free one."""
 
     @model_validator(mode="after")
     def _upstream_is_named(self) -> TeacherServiceSettings:

@@ -1,22 +1,17 @@
 """A tiny T5 with random weights and a word-piece of a tokenizer, built on the spot: it tests plumbing and learns nothing worth quoting.
 
-Imports torch.
+torch is loaded only to build what the cache does not hold.
 """
 
 from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-
-import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-from transformers.utils import logging
+from typing import Any
 
 from shared.artifacts import new_directory, write_json
+from shared.commands import uninterrupted
 from shared.errors import SettingsError
-
-logging.disable_progress_bar()  # four bars for one copied file are noise
 
 NAME = "tiny-t5"
 REVISION = 1
@@ -30,6 +25,12 @@ def random_model(name: str, cache: Path) -> Path:
     out = cache / "huggingface" / f"random-{NAME}-{REVISION}"
     if (out / "origin.json").exists():
         return out
+    with uninterrupted():
+        import torch
+        from transformers import T5Config, T5ForConditionalGeneration
+        from transformers.utils import logging
+
+    logging.disable_progress_bar()  # four bars for one copied file are noise
     tokenizer = _tokenizer()
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(
@@ -53,8 +54,11 @@ def random_model(name: str, cache: Path) -> Path:
     return out
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer() -> Any:
     """A byte-pair tokenizer of 1,024 pieces, trained on the embedded sample, shaped like T5's (pad 0, eos 1, unk 2)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     pieces = Tokenizer(models.BPE(unk_token="<unk>"))
     pieces.normalizer = normalizers.NFKC()
     pieces.pre_tokenizer = pre_tokenizers.Metaspace()

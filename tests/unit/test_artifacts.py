@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,13 @@ def test_a_directory_takes_the_place_of_the_old_one_only_when_it_is_whole(tmp_pa
         (folder / "three").write_text("3")
     assert [p.name for p in target.iterdir()] == ["three"]
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_processes_with_one_pid_in_two_containers_do_not_write_the_same_temporary(tmp_path: Path) -> None:
+    (tmp_path / f".d.another-host.{os.getpid()}.tmp").mkdir()  # of a process in another container that is still at work
+    with new_directory(tmp_path / "d") as folder:
+        assert folder.name == f".d.{socket.gethostname()}.{os.getpid()}.tmp"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".d.another-host.{os.getpid()}.tmp", "d"]
 
 
 @given(st.dictionaries(st.text(), st.one_of(st.integers(), st.text(), st.lists(st.booleans()))))
@@ -157,7 +165,7 @@ def test_a_folder_of_somebody_else_is_refused_and_an_empty_one_taken(tmp_path: P
 
 def test_a_run_killed_while_it_was_begun_can_be_begun_again(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".run.json.123.tmp").write_text('{"reci')
+    (tmp_path / "run" / ".run.json.a-host.123.tmp").write_text('{"reci')
     Run.open(tmp_path / "run", recipe())
 
 
@@ -166,6 +174,34 @@ def test_a_damaged_run_file_is_a_data_error(tmp_path: Path, content: str) -> Non
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(DataError, match=r"run\.json"):
         Run.open(tmp_path, recipe())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_says_its_format_and_one_of_0_1_0_that_does_not_is_of_format_1(tmp_path: Path) -> None:
+    Run.open(tmp_path, recipe())
+    file = tmp_path / "run.json"
+    description = json.loads(file.read_text())
+    assert description.pop("format") == 1
+    file.write_text(json.dumps(description))
+    Run.open(tmp_path, recipe())
+
+
+def test_a_run_of_another_format_is_refused_with_the_remedy_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"format": 2, "settings": "of another kind"}')
+    before = content(tmp_path)
+    with pytest.raises(RunMismatch, match=r"run\.json: format 2, .* format 1; use the one that wrote it, or give another --out .*RUN=name"):
+        Run.open(tmp_path, recipe())
+    assert content(tmp_path) == before
+
+
+def test_a_registry_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "format.json").write_text('{"format": 1}')
+    with pytest.raises(RunMismatch, match="is no run directory"):
+        Run.open(tmp_path, recipe())
+    assert content(tmp_path) == {"format.json": b'{"format": 1}'}
 
 
 # stages
@@ -220,7 +256,7 @@ def test_a_stage_that_one_process_has_opened_is_refused_to_others_until_it_ends(
     assert open_in_another_process(tmp_path, "a") == "opened\n"
     run.stage("a")
     run.stage("a")
-    assert f"process {os.getpid()} is at work on the stage a" in open_in_another_process(tmp_path, "a")
+    assert f"process {os.getpid()} on {socket.gethostname()} is at work on the stage a" in open_in_another_process(tmp_path, "a")
     assert open_in_another_process(tmp_path, "b") == "opened\n"
 
 

@@ -7,15 +7,17 @@ import json
 import pytest
 from evaluated import export, exported_run
 
+import evaluator.run
 from evaluator import rollback
 from evaluator.promote import in_numbers, main, promote, refusal
 from evaluator.significance import Comparison
 from evaluator.systems import SYSTEMS
 from shared import registry as store
 from shared.artifacts import write_jsonl
+from shared.cli import main as cli
 from shared.contracts import Prediction
 from shared.datasets.stage import prepare
-from shared.errors import DataError, PromotionRefused, SettingsError, StageOrder
+from shared.errors import DataError, PromotionRefused, RunMismatch, SettingsError, StageOrder
 from shared.settings import PromoteSettings
 
 RULE = PromoteSettings(margin=0.01)
@@ -138,6 +140,56 @@ def test_the_commands_promote_once_say_so_the_second_time_and_roll_back(tmp_path
     assert said.count("is served already, nothing to do") == 1
     assert "rolled back: version" in said
     assert store.current(tmp_path / "registry").run == str(first.path.resolve())
+
+
+def evaluate_and_promote(run, *more):
+    recipe = run.path.with_suffix(".yaml")
+    recipe.write_text(run.recipe.model_dump_json())
+    return evaluator.run.main(["--recipe", str(recipe), "--out", str(run.path), "--promote", *more])
+
+
+@pytest.mark.parametrize("scored_again", [False, True])
+def test_an_evaluation_goes_on_with_the_promotion_also_when_it_was_complete(tmp_path, capsys, scored_again):
+    run = evaluated_run(tmp_path / "run")
+    (run.path / "evaluation" / "answers").mkdir()
+    again = ["--score-only"] if scored_again else []
+    assert evaluate_and_promote(run, "--registry", str(tmp_path / "registry"), *again) == 0
+    assert ("evaluation: complete, nothing to do" in capsys.readouterr().out) is not scored_again
+    assert store.current(tmp_path / "registry").run == str(run.path.resolve())
+    assert evaluate_and_promote(run) == 0
+    assert store.current(run.path / "registry") is not None
+
+
+def test_an_evaluation_with_a_refused_promotion_ends_as_the_promotion_does(tmp_path, capsys):
+    run = evaluated_run(tmp_path / "run", better=False)
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(run.recipe.model_dump_json())
+    assert cli(["evaluate", "--recipe", str(recipe), "--out", str(run.path), "--promote"]) == 3
+    assert "distill evaluate: not promoted: " in capsys.readouterr().err
+
+
+def test_an_evaluation_with_nothing_new_leaves_a_rollback_as_it_is(tmp_path, capsys):
+    registry = tmp_path / "registry"
+    first = promote(evaluated_run(tmp_path / "first"), registry)
+    run = evaluated_run(tmp_path / "second", weights="b")
+    promote(run, registry)
+    store.rollback(registry)
+    assert evaluate_and_promote(run, "--registry", str(registry)) == 0
+    assert "left as it is, since it was rolled back" in capsys.readouterr().out
+    assert store.current(registry).version == first.version
+
+
+def test_what_is_no_registry_is_refused_before_anything_is_scored(tmp_path, capsys):
+    run = evaluated_run(tmp_path / "run")
+    capsys.readouterr()
+    with pytest.raises(RunMismatch, match="is a run directory"):
+        evaluate_and_promote(run, "--registry", str(run.path), "--score-only")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_registry_without_a_promotion_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="--promote"):
+        evaluator.run.main(["--recipe", "r", "--out", "o", "--registry", "x"])
 
 
 def test_the_registry_of_a_run_is_its_own_unless_another_is_named(tmp_path):

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from shared import registry as store
-from shared.errors import DataError, PromotionRefused, StorageError
+from shared.errors import DataError, PromotionRefused, RunMismatch, StorageError
 
 
 @pytest.fixture
@@ -140,6 +140,66 @@ def test_a_damaged_pointer_is_told_not_taken_for_an_empty_registry(registry, tmp
     (registry / "current.json").write_text('{"version": "x"}')
     with pytest.raises(DataError, match=r"current\.json"):
         store.current(registry)
+
+
+def test_a_registry_says_its_format_and_one_of_0_1_0_that_does_not_is_of_format_1(registry, tmp_path):
+    promoted = promote(registry, folder(tmp_path, "a"))
+    assert (registry / "format.json").read_text() == '{\n  "format": 1\n}\n'
+    (registry / "format.json").unlink()
+    assert store.current(registry) == promoted
+    assert promote(registry, folder(tmp_path, "b")) == store.current(registry)
+    assert (registry / "format.json").exists()
+
+
+def ways(registry, tmp_path):
+    """Everything that reads or writes a registry."""
+    return {
+        "current": lambda: store.current(registry),
+        "history": lambda: store.history(registry),
+        "promote": lambda: promote(registry, folder(tmp_path, "a")),
+        "rollback": lambda: store.rollback(registry),
+        "refusal": lambda: store.record_refusal(registry, reason="r", run="r", scores={}),
+    }
+
+
+@pytest.mark.parametrize("way", ways(None, None))
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("format.json", r"format 2, .* format 1; use the one that wrote it, or give another --registry"),
+        ("run.json", r"is a run directory and no registry; the run's own is .*registry/registry"),
+        ("a-run/run.json", "is not empty and is no registry"),
+    ],
+)
+def test_another_format_a_run_and_a_folder_of_runs_are_refused_and_left_as_they_are(registry, tmp_path, way, file, said):
+    (registry / file).parent.mkdir(parents=True)
+    (registry / file).write_text('{"format": 2}')
+    with pytest.raises(RunMismatch, match=said):
+        ways(registry, tmp_path)[way]()
+    assert [p for p in registry.rglob("*") if p.is_file()] == [registry / file]
+
+
+def test_a_file_is_no_registry_and_a_folder_with_nothing_but_hidden_files_may_become_one(registry, tmp_path):
+    registry.write_text("x")
+    with pytest.raises(RunMismatch, match="is no registry"):
+        store.current(registry)
+    registry.unlink()
+    registry.mkdir()
+    (registry / ".gitkeep").touch()
+    assert store.current(registry) is None
+    promote(registry, folder(tmp_path, "a"))
+
+
+def test_a_rollback_stands_until_the_next_promotion_whatever_is_refused_in_between(registry, tmp_path):
+    assert not store.rolled_back(registry)
+    for weights in "ab":
+        promote(registry, folder(tmp_path, weights))
+    assert not store.rolled_back(registry)
+    store.rollback(registry)
+    store.record_refusal(registry, reason="r", run="r", scores={})
+    assert store.rolled_back(registry)
+    promote(registry, folder(tmp_path, "b"))
+    assert not store.rolled_back(registry)
 
 
 KILLED = """

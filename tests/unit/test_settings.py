@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from shared.commands import assignments
 from shared.errors import SettingsError
 from shared.settings import PROCEDURE, Recipe, cache_dir, dotted_names, load_settings, read_secret
+from teacher_service.settings import TeacherServiceSettings
 
 BASE = "name: r\nteacher: {url: http://t/v1}\n"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -71,8 +72,8 @@ def test_there_are_shipped_recipes() -> None:
         (BASE + "harvest: {stop: [a, b, c, d, e]}\n", "harvest.stop: "),
         (BASE + "harvest: {max_tokens: 5000}\n", "harvest.max_tokens: "),
         ("teacher: {url: http://t/v1}\n", "name: required, and neither flag, environment nor recipe gives it"),
-        ("name: r\nteacher: {model: m}\n", "teacher: give exactly one of url and launch"),
-        ("name: r\nteacher: {url: u, launch: {engine: scripted}}\n", "teacher: give exactly one of url and launch"),
+        ("name: r\nteacher: {model: m}\n", "teacher: give url or launch"),
+        ("name: r\nteacher: {url: u, launch: {engine: scirpted}}\n", "teacher.launch.engine: "),
         ("name: a b\nteacher: {url: u}\n", "name: "),
         ("- a\n", "expected a mapping of settings, found list"),
         ("", "expected a mapping of settings, found NoneType"),
@@ -165,6 +166,31 @@ def test_a_key_on_the_command_line_is_refused_and_not_repeated() -> None:
 def test_a_flag_may_take_a_setting_back_and_give_another_in_its_place(tmp_path: Path) -> None:
     recipe = load(tmp_path, teacher__url=None, **{"teacher.launch.engine": "scripted"})
     assert recipe.teacher.identity.startswith("launch:scripted")
+
+
+LAUNCHES = "name: r\nteacher: {launch: {engine: scripted}}\n"
+
+
+def test_a_url_by_flag_variable_or_recipe_takes_the_place_of_a_launched_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(tmp_path, LAUNCHES).teacher.launch is not None
+    by_flag = load(tmp_path, LAUNCHES, teacher__url="http://u/v1")
+    by_recipe = load(tmp_path, LAUNCHES.replace("launch:", "url: 'http://u/v1', launch:"))
+    monkeypatch.setenv("DISTILL_TEACHER__URL", "http://u/v1")
+    by_variable = load(tmp_path, LAUNCHES)
+    assert by_flag == by_recipe == by_variable
+    assert by_flag.model_dump(mode="json")["teacher"]["launch"] is None
+    assert by_flag.teacher.identity == "http://u/v1"
+
+
+def test_an_empty_variable_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load(tmp_path, LAUNCHES + "train: {epochs: 5}\n")
+    for variable in ("TEACHER__URL", "TEACHER__MODEL", "TEACHER__API_KEY_FILE", "TRAIN__EPOCHS", "HARVEST__STOP", "NAME", "TRAIN"):
+        monkeypatch.setenv(f"DISTILL_{variable}", "")
+    assert load(tmp_path, LAUNCHES + "train: {epochs: 5}\n") == before
+    monkeypatch.setenv("TEACHER_ENGINE", "")
+    monkeypatch.setenv("TEACHER_UPSTREAM_KEY_FILE", "")
+    settings = load_settings(TeacherServiceSettings, flags={})
+    assert (settings.engine, settings.upstream_key_file) == ("local", None)
 
 
 def test_settings_of_procedure_are_settings() -> None:

@@ -1,0 +1,60 @@
+"""`distill prepare`: the rows of a run and every model it needs, once, where torch and a network are; later stages need neither."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shared.commands import open_run, stage_parser
+from shared.errors import SettingsError
+
+if TYPE_CHECKING:
+    from shared.artifacts import Run
+
+
+def main(argv: list[str]) -> int:
+    """Make what is missing, tell what is ready and where. Returns 0. Raises SettingsError, DataError, EngineError, StorageError."""
+    parser = stage_parser(
+        "prepare", "Fetch the rows and make the models a run needs; stages and servers then need neither torch nor a network."
+    )
+    parser.add_argument("--require-gpu", action="store_true", help="end at once where no NVIDIA driver is, as compose.yaml needs one")
+    arguments = parser.parse_args(argv)
+    if arguments.require_gpu:
+        refuse_without_gpu()
+    run = open_run(arguments)
+
+    from shared.datasets.load import load
+    from shared.datasets.stage import STAGE, prepare
+    from shared.models import offline_model, serving_folder
+    from shared.settings import DEFAULT_QUANTIZATION, cache_dir
+
+    recipe, before = run.recipe, _made(run)
+    if run.manifest(STAGE) is None:
+        load(recipe.dataset, cache_dir())  # what is wrong with the data comes to light before minutes go into models
+    student = recipe.student.model
+    print(f"prepare: student {student}: to be trained {offline_model(student)}", flush=True)
+    print(f"prepare: student {student}: to be asked {serving_folder(student, recipe.export.quantization)}", flush=True)
+    if recipe.teacher.launch and recipe.teacher.launch.engine == "local":
+        teacher = recipe.teacher.launch.model
+        print(f"prepare: teacher {teacher}: to be asked {serving_folder(teacher, DEFAULT_QUANTIZATION)}", flush=True)
+    prepare(run)  # last: until a run has rows, its recipe may be mended, a misspelt model's name for one
+    print(f"prepare: the rows are in {run.path / STAGE}", flush=True)
+    if _made(run) == before:
+        print("prepare: complete, nothing to do")
+    return 0
+
+
+def refuse_without_gpu(root: str = "/") -> None:
+    """Raises SettingsError where the kernel has no NVIDIA driver. Under Windows, where containers do not see it, Docker must tell."""
+    driver, kernel = Path(root, "proc/driver/nvidia/version"), Path(root, "proc/version")
+    if not driver.exists() and "microsoft" not in kernel.read_text().lower():
+        raise SettingsError(
+            "compose.yaml needs an NVIDIA GPU, and this machine has no NVIDIA driver. Without one: docker compose -f compose.cpu.yaml up"
+        )
+
+
+def _made(run: Run) -> set[Path]:
+    """What this command may add to."""
+    from shared.settings import cache_dir
+
+    return {*run.path.glob("dataset/manifest.json"), *cache_dir().glob("*/*")}
