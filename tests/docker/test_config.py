@@ -1,0 +1,182 @@
+"""What compose makes of the files, before anything runs: every combination is whole, hardened, and clean to the linters."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from composed import CPU, ROOT, environment
+
+GPU = "compose.yaml"
+URL = {"TEACHER_URL": "https://api.example.com/v1", "TEACHER_MODEL": "big-model"}
+COMBINATIONS: list[tuple[str, dict[str, str]]] = [
+    (GPU, {}),
+    (GPU, URL),
+    (CPU, {}),
+    (CPU, URL),
+    (CPU, {"TEACHER": "vllm-cpu"}),
+]
+JOBS = {"prepare", "harvester", "sampler", "triplets", "trainer", "evaluator"}
+
+
+def resolved(file: str, variables: dict[str, str], profile: str = "") -> dict[str, Any]:
+    """What `docker compose config` makes of a file."""
+    profiles = ["--profile", profile] if profile else []
+    done = subprocess.run(
+        ["docker", "compose", "-f", file, *profiles, "config", "--format", "json"],
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def refused(file: str, **variables: str) -> str:
+    done = subprocess.run(
+        ["docker", "compose", "-f", file, "config", "-q"], cwd=ROOT, env=environment(**variables), capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    return done.stderr
+
+
+@pytest.mark.parametrize(("file", "variables"), COMBINATIONS)
+def test_every_combination_has_the_services_it_is_for_and_no_other(file: str, variables: dict[str, str]) -> None:
+    teacher = set() if "TEACHER_URL" in variables else {"teacher", "vllm", "weights"} if file == GPU or variables else {"teacher"}
+    assert set(resolved(file, variables)["services"]) == JOBS | {"student"} | teacher
+
+
+@pytest.mark.parametrize(("file", "variables"), COMBINATIONS)
+def test_monitoring_is_a_profile_of_every_combination(file: str, variables: dict[str, str]) -> None:
+    assert set(resolved(file, variables, "monitoring")["services"]) >= {"prometheus", "grafana", "monitor"}
+
+
+@pytest.mark.parametrize(("file", "variables"), COMBINATIONS)
+def test_every_container_is_hardened(file: str, variables: dict[str, str]) -> None:
+    for name, service in resolved(file, variables, "monitoring")["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["init"] is True, name
+        assert re.fullmatch(r"[1-9]\d*:\d+", service["user"]), name
+        limits = service["deploy"]["resources"]["limits"]
+        assert limits["memory"], name
+        assert limits["pids"], name
+        assert service["logging"]["options"]["max-size"], name
+        assert not service.get("privileged"), name
+        assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", ())), name
+        assert ":" in service["image"], name
+        assert not service["image"].endswith(":latest"), name
+
+
+@pytest.mark.parametrize(("file", "variables"), COMBINATIONS)
+def test_every_server_has_a_health_check_with_a_start_period(file: str, variables: dict[str, str]) -> None:
+    for name, service in resolved(file, variables, "monitoring")["services"].items():
+        if name not in JOBS | {"weights"}:
+            assert service["healthcheck"]["test"], name
+            assert service["healthcheck"]["start_period"], name
+
+
+@pytest.mark.parametrize(("file", "variables"), [c for c in COMBINATIONS if "TEACHER_URL" not in c[1] and (c[0] == GPU or c[1])])
+def test_only_the_gateway_shares_a_network_with_the_engine_and_that_network_leads_nowhere(file: str, variables: dict[str, str]) -> None:
+    config = resolved(file, variables, "monitoring")
+    assert set(config["services"]["vllm"]["networks"]) == {"engine"}
+    assert {name for name, service in config["services"].items() if "engine" in service.get("networks", ())} == {"vllm", "teacher"}
+    assert config["networks"]["engine"]["internal"] is True
+    assert "ports" not in config["services"]["vllm"]
+
+
+@pytest.mark.parametrize(("file", "variables"), COMBINATIONS)
+def test_what_needs_no_network_has_none(file: str, variables: dict[str, str]) -> None:
+    services = resolved(file, variables)["services"]
+    assert {name for name, service in services.items() if service.get("network_mode") == "none"} == {"sampler", "triplets", "trainer"}
+
+
+@pytest.mark.parametrize(("file", "variables"), COMBINATIONS)
+def test_the_registry_is_written_by_the_evaluator_alone_and_models_by_those_that_make_them(file: str, variables: dict[str, str]) -> None:
+    writers: dict[str, set[str]] = {"registry": set(), "models": set(), "runs": set()}
+    for name, service in resolved(file, variables, "monitoring")["services"].items():
+        for mount in service.get("volumes", ()):
+            if mount["type"] == "volume" and not mount.get("read_only") and mount["source"] in writers:
+                writers[mount["source"]].add(name)
+    assert writers["registry"] == {"evaluator"}
+    assert writers["models"] <= {"prepare", "weights", "vllm"}
+    assert writers["runs"] == JOBS
+
+
+def test_the_cpu_file_differs_in_teacher_recipe_torch_and_limits_and_in_nothing_else() -> None:
+    gpu, cpu = resolved(GPU, {**URL, "RECIPE": "r"}), resolved(CPU, {**URL, "RECIPE": "r"})
+    for name in JOBS | {"student"}:
+        one, other = gpu["services"][name], cpu["services"][name]
+        for service in (one, other):
+            service.pop("deploy")
+            service["command"] = [c for c in service["command"] if c != "--require-gpu"]
+            if "--teacher-url" in service["command"]:  # a launched teacher's address is no part of its recipe
+                at = service["command"].index("--teacher-url")
+                del service["command"][at : at + 2]
+            if name in ("prepare", "trainer"):
+                service.pop("image"), service.pop("build")
+        assert one == other, name
+    for part in ("volumes", "networks", "secrets"):
+        assert gpu[part] == cpu[part]
+
+
+def test_a_url_without_a_model_is_refused_with_what_to_set() -> None:
+    for file in (GPU, CPU):
+        assert "set TEACHER_MODEL" in refused(file, TEACHER_URL="https://api.example.com/v1")
+
+
+def test_a_url_together_with_an_engine_is_refused() -> None:
+    assert "teacher-at-url/vllm-cpu.yaml" in refused(CPU, **URL, TEACHER="vllm-cpu")
+
+
+def test_another_engine_means_another_public_name_so_that_its_answers_are_not_taken_for_the_first_ones() -> None:
+    for file, variables in ((GPU, {}), (CPU, {"TEACHER": "vllm-cpu"})):
+        names = set()
+        for model in ("org/one", "org/two"):
+            services = resolved(file, {**variables, "VLLM_MODEL": model})["services"]
+            asked = services["harvester"]["environment"]["DISTILL_TEACHER__MODEL"]
+            assert services["teacher"]["environment"]["TEACHER_PUBLIC_NAME"] == asked
+            names.add(asked)
+        assert len(names) == 2
+
+
+def test_the_example_names_every_variable_of_the_files_with_its_default() -> None:
+    told = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    files = [ROOT / GPU, ROOT / CPU, *(ROOT / "docker").rglob("*.yaml")]
+    used = {name for file in files for name in re.findall(r"\$\{([A-Z_]+)", file.read_text())}
+    assert told == used
+
+
+LINTED = [GPU, CPU, *(str(f.relative_to(ROOT)) for f in sorted((ROOT / "docker").glob("*/*.yaml")))]
+
+
+@pytest.mark.parametrize("file", LINTED)
+def test_the_files_follow_the_compose_specification(file: str) -> None:
+    subprocess.run([Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", ROOT / file], check=True)
+
+
+@pytest.mark.parametrize(("file", "variables"), COMBINATIONS)
+def test_the_security_linter_finds_nothing(file: str, variables: dict[str, str], tmp_path: Path) -> None:
+    """CL-0019: images we build have no digest before they are built. CL-0026: heavy jobs may have all cores; a limit above what a machine
+    has would keep them from starting. CL-0022: vLLM compiles kernels and loads them from its temporary folder."""
+    merged = tmp_path / "compose.yaml"
+    merged.write_text(yaml.safe_dump(resolved(file, variables, "monitoring")))
+    lint = [Path(sys.executable).with_name("compose-lint"), "--format", "json", merged]
+    found = json.loads(subprocess.run(lint, capture_output=True, text=True).stdout)
+    rules = {(finding["rule_id"], finding.get("service")) for finding in found["findings"]}
+    assert {rule for rule, _ in rules} <= {"CL-0019", "CL-0026", "CL-0022"}, rules
+    assert {service for rule, service in rules if rule == "CL-0022"} <= {"vllm"}
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "vllm-cpu.Dockerfile"])
+def test_hadolint_finds_nothing(file: str) -> None:
+    done = subprocess.run([Path(sys.executable).with_name("hadolint"), ROOT / "docker" / file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
