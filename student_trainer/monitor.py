@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import signal
 from pathlib import Path
+from queue import SimpleQueue
 
 from shared.errors import SettingsError
-
-STOP = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(argv: list[str]) -> int:
@@ -24,8 +23,10 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.runs.is_dir():
         raise SettingsError(f"--runs {arguments.runs}: no such directory; give the one that holds the run directories")
-    # before there are threads, which inherit it: a signal is to wait for sigwait, also where this is process 1
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+    told: SimpleQueue[int] = SimpleQueue()  # of all that wakes a thread, this may be used in a handler that interrupts the wait
+    # before the imports below: from here on this is a server, which ends with 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: told.put(number))
 
     from prometheus_client import CollectorRegistry
 
@@ -36,5 +37,5 @@ def main(argv: list[str]) -> int:
     registry.register(RunMetrics(arguments.runs, registry=arguments.registry))
     with exposed(registry, host=arguments.host, port=arguments.port, option="--port") as url:
         print(f"monitor: metrics on {url}", flush=True)
-        signal.sigwait(STOP)
+        told.get()
     return 0

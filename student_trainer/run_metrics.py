@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from shared import registry as store
 from shared.contracts import Manifest, Response
-from shared.errors import DataError
+from shared.errors import DataError, DistillError
 from shared.settings import HarvestSettings, PromoteSettings, TrainSettings
 from student_trainer.progress import STAGES, STATES, stage_manifest, stage_states
 
@@ -176,11 +176,14 @@ class RunMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         with self._scraping:
             scrape = _Scrape(self._files)
+            found: list[tuple[float, Path]] = []
             with scrape.reading():
-                found = [folder for folder in self._runs.iterdir() if (folder / "run.json").is_file()]
-                found.sort(key=lambda run: (run / "run.json").stat().st_mtime)
-                for run in found[-MAX_RUNS:]:
-                    scrape.run(run)
+                for folder in self._runs.iterdir():
+                    with scrape.reading():
+                        if (folder / "run.json").is_file():
+                            found.append(((folder / "run.json").stat().st_mtime, folder))
+            for _, run in sorted(found)[-MAX_RUNS:]:
+                scrape.run(run)
             if self._registry is not None:
                 scrape.registry("", self._registry)
             scrape.add("distill_monitor_errors", len(scrape.errors))
@@ -211,7 +214,7 @@ class _Scrape:
         """What cannot be read in this block is noted; the block ends there."""
         try:
             yield
-        except (DataError, OSError) as exc:
+        except (DistillError, OSError) as exc:
             self.errors.add(str(exc).partition("\n")[0])
 
     def run(self, folder: Path) -> None:

@@ -77,6 +77,8 @@ def exposed(registry: CollectorRegistry, *, host: str, port: int, option: str) -
     """
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
+    except OverflowError as exc:
+        raise SettingsError(f"{option} {port}: ports go from 0 (picks a free one) to 65535") from exc
     except OSError as exc:
         raise SettingsError(f"{option} {port} on --host {host}: {exc.strerror}; give another (0 picks a free port)") from exc
     shown = f"[{host}]" if ":" in host else host

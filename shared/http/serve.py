@@ -29,9 +29,18 @@ class _Server(uvicorn.Server):
         if self.started:
             print(self.announcement, flush=True)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # a batch under way or a model being loaded is a thread, which nothing else ends before it is done
+        end = threading.Timer(DRAIN_S + 1, os._exit, [0])
+        end.daemon = True
+        end.start()
+        await super().shutdown(sockets)
+
 
 def serve(app: FastAPI, *, host: str, port: int, name: str, until_stdin_closes: bool = False, metrics_port: int | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C, finish what is in flight, return 0. Port 0 picks a free one.
+
+    What is not finished DRAIN_S after the signal is given up, and soon after that the process ends with 0 whatever it is doing.
 
     Prints "NAME: listening on URL" once it does. `until_stdin_closes`: end as well when the process that started this one
     is gone, so that no server outlives it. `metrics_port`: count and time requests, and tell the numbers there, on the same

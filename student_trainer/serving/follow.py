@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,15 @@ from pydantic import ValidationError
 
 from shared.contracts import Completion, GenerationRequest
 from shared.engines import Engine
-from shared.errors import DataError, DistillError
+from shared.errors import DataError
 from shared.http.app import NotReady
 from shared.registry import Promoted, current, history, serving_path, verify
 from shared.settings import TaskSettings
 
 LOOK_S = 1.0
 """Seconds between two looks at the registry's pointer."""
+RETRY_S = 30.0
+"""Seconds until what could not be served is tried again: what was in the way, a file system or a want of memory, may have passed."""
 RETIRE_S = 60.0
 """Seconds that requests in flight get to finish on a student that has been replaced."""
 RETRY_AFTER_S = 5.0
@@ -79,15 +82,15 @@ class Served:
 
     def __init__(self, loaded: Loaded | None = None, *, retire_s: float = RETIRE_S) -> None:
         self.loaded, self._retire_s = loaded, retire_s
-        self.reason: str | None = None
-        """Why nothing is served, or why the student promoted last is not."""
+        self.reason: str | None = "starting" if loaded is None else None
+        """Why nothing is served, or why the student promoted last is not; for callers."""
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Loaded]:
         """Who is served now, not closed before the block ends even if replaced meanwhile. Raises NotReady."""
         loaded = self.loaded
         if loaded is None:
-            raise NotReady(self.reason or "starting", retry_after_s=RETRY_AFTER_S)
+            raise NotReady(str(self.reason), retry_after_s=RETRY_AFTER_S)
         loaded.in_flight += 1
         loaded.idle.clear()
         try:
@@ -110,14 +113,12 @@ class Served:
         before, self.loaded, self.reason = self.loaded, loaded, None
         if before is None:
             return
-        try:
-            # an engine that closes refuses the requests in its queue: they are let through first
-            if before.in_flight:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._retire_s):
-                        await before.idle.wait()
-        finally:
-            await before.engine.aclose()
+        # an engine that closes refuses the requests in its queue: they are let through first
+        if before.in_flight:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._retire_s):
+                    await before.idle.wait()
+        await before.engine.aclose()
 
     async def aclose(self) -> None:
         if self.loaded is not None:
@@ -127,35 +128,48 @@ class Served:
 class Follower:
     """Serves what the registry says: the first promotion, every later one, and rollbacks."""
 
-    def __init__(self, registry: Path, served: Served, *, load: Callable[[Student], Loaded] = load) -> None:
-        self._registry, self._served, self._load = registry, served, load
-        self._seen: Promoted | str | None = None
+    def __init__(self, registry: Path, served: Served, *, load: Callable[[Student], Loaded] = load, retry_s: float = RETRY_S) -> None:
+        self._registry, self._served, self._load, self._retry_s = registry, served, load, retry_s
+        self._failed: Promoted | None = None
+        self._retry_at = 0.0
+        self._logged: str | None = None
 
     async def look(self) -> None:
-        """Serve what is promoted now, unless the last look saw the same.
+        """Serve what is promoted now, unless it is served already.
 
-        What cannot be served is refused, once, with a line in the log; what is served stays.
+        What cannot be served leaves who is served in place, and is tried again after `retry_s`. The log gets the error, one line
+        while it stays the same; callers do not, since engines and file systems tell what is inside.
         """
-        found = await asyncio.to_thread(_look_at, self._registry)
-        if found == self._seen:
+        try:
+            found = await asyncio.to_thread(_look_at, self._registry)
+        except Exception as exc:
+            self._refuse("what is promoted cannot be told", exc)
             return
-        self._seen = found
         if isinstance(found, str):
-            self._refuse(found)
+            self._say(found, f"{found}; waiting for a promotion in {self._registry}")
+            return
+        served = self._served.loaded
+        if served is not None and served.student.version == found.version:
+            self._served.reason = self._logged = None
+            return
+        if found != self._failed:
+            self._served.reason = f"loading promoted version {found.version}"
+        elif time.monotonic() < self._retry_at:
             return
         try:
             student = await asyncio.to_thread(verified, self._registry, found)
             loaded = await asyncio.to_thread(self._load, student)
-        except Exception as exc:  # whatever it was, who is served goes on answering and the next promotion is looked at
-            self._refuse(f"promoted version {found.version} cannot be served: {exc}")
+            print(f"student: serving {_told(student)}", flush=True)
+        except Exception as exc:  # whatever it was, who is served goes on answering
+            self._failed, self._retry_at = found, time.monotonic() + self._retry_s
+            self._refuse(f"promoted version {found.version} cannot be served", exc)
             return
-        print(f"student: serving {_told(student)}", flush=True)
+        self._logged = None
         await self._served.replace(loaded)
 
     @contextlib.asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
-        """Look once, so that a student promoted before is served from the first request on; then every LOOK_S seconds."""
-        await self.look()
+        """Look now and every LOOK_S seconds, beside the block: a student that takes long to load keeps nothing else waiting."""
         task = asyncio.create_task(self._follow())
         try:
             yield
@@ -165,25 +179,31 @@ class Follower:
 
     async def _follow(self) -> None:
         while True:
+            try:
+                await self.look()
+            except Exception:  # an engine that does not close, or what nobody foresaw: the next promotion is to be served all the same
+                log.exception("student: an error while following %s, which goes on", self._registry)
             await asyncio.sleep(LOOK_S)
-            await self.look()
 
-    def _refuse(self, reason: str) -> None:
-        self._served.reason = reason
-        stays = self._served.loaded
-        log.warning("student: %s%s", reason, f"; version {stays.student.version} stays served" if stays else "")
+    def _refuse(self, reason: str, exc: Exception) -> None:
+        self._say(f"{reason}; the log tells why", f"{reason}: {type(exc).__name__}: {exc}")
+
+    def _say(self, told: str, logged: str) -> None:
+        """`told` to callers, `logged` to the log unless it was the last that was."""
+        self._served.reason = told
+        if logged != self._logged:
+            stays = self._served.loaded
+            log.warning("student: %s%s", logged, f"; version {stays.student.version} stays served" if stays else "")
+        self._logged = logged
 
 
 def _look_at(registry: Path) -> Promoted | str:
-    """What is promoted, or why nothing can be served."""
-    try:
-        if promoted := current(registry):
-            return promoted
-        events = history(registry)
-    except (DistillError, OSError) as exc:
-        return f"what is promoted cannot be told: {exc}"
+    """What is promoted, or that nothing is. Raises as `current` does."""
+    if promoted := current(registry):
+        return promoted
+    events = history(registry)
     refused = f" (the last one was refused: {events[-1].reason})" if events and events[-1].what == "refused" else ""
-    return f"no student is promoted yet{refused}; waiting for a promotion in {registry}"
+    return f"no student is promoted yet{refused}"
 
 
 def _told(student: Student) -> str:

@@ -146,6 +146,14 @@ def test_a_registry_is_exposed_until_the_block_ends() -> None:
         httpx.get(url, trust_env=False)
 
 
+def test_a_port_that_is_none_is_named_with_the_remedy() -> None:
+    with (
+        pytest.raises(SettingsError, match="--port 70000: ports go"),
+        exposed(CollectorRegistry(), host="127.0.0.1", port=70000, option="--port"),
+    ):
+        pass
+
+
 @pytest.fixture
 def teacher() -> Iterator[subprocess.Popen[str]]:
     """A scripted teacher with metrics, as a process."""

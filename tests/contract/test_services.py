@@ -109,6 +109,48 @@ def test_a_request_that_takes_longer_does_not_keep_a_service_from_ending_before_
     assert "Traceback" not in process.communicate()[1]
 
 
+ONLY_THREADS_END = """
+import asyncio, sys, time
+from contextlib import asynccontextmanager
+from shared.engines.scripted import ScriptedEngine
+from shared.http import serve
+from shared.http.app import create_app
+
+def work():
+    print("at work", flush=True)
+    time.sleep(30)
+
+class Batch(ScriptedEngine):
+    async def aclose(self):
+        await asyncio.to_thread(work)
+
+@asynccontextmanager
+async def load():
+    task = asyncio.create_task(asyncio.to_thread(work))
+    yield
+    task.cancel()
+
+serve.DRAIN_S = 1
+what = {"engine": Batch()} if sys.argv[1] == "batch" else {"engine": ScriptedEngine(), "beside": load}
+sys.exit(serve.serve(create_app(**what, model="m", title="T"), host="127.0.0.1", port=0, name="test"))
+"""
+"""A server whose engine, at its end, waits for a long batch; or one that is loading a student, which a thread does."""
+
+
+@pytest.mark.parametrize("what", ["batch", "load"])
+def test_work_that_cannot_be_interrupted_does_not_keep_a_service_from_ending(what: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", ONLY_THREADS_END, what], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert any("listening on" in line for line in process.stdout)
+            process.send_signal(signal.SIGTERM)
+            begun = time.monotonic()
+            assert process.wait(20) == 0
+            assert 1 <= time.monotonic() - begun < 5
+        finally:
+            process.kill()
+
+
 def test_a_service_can_end_with_the_process_that_started_it(start: Start) -> None:
     process, _ = start("teacher", "--engine", "scripted", "--port", "0", "--until-stdin-closes")
     assert process.poll() is None
@@ -137,6 +179,9 @@ def test_the_student_is_served_by_its_folder_or_by_the_registry(start: Start, se
     ):
         process, line = start("serve", *options, "--port", "0")
         assert line.startswith("student: listening on http://127.0.0.1:"), process.communicate()
+        if "--registry" in options:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith(f"student: serving version {version}")
         answer = httpx.post(f"{url_of(line)}/generate", json={"question": "word1 word2"}, trust_env=False).json()
         assert (answer["model"], answer["version"], len(answer["answers"])) == ("student", version, 1)
         process.terminate()

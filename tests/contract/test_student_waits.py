@@ -116,7 +116,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 def talk(registry: Path, steps: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
-    """`steps` against the real application over a registry."""
+    """`steps` against the real application over a registry, once it has looked there."""
 
     async def run() -> T:
         app = student_app(StudentServiceSettings(registry=registry))
@@ -124,6 +124,9 @@ def talk(registry: Path, steps: Callable[[httpx.AsyncClient], Awaitable[T]]) -> 
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://student") as client,
         ):
+            async with asyncio.timeout(20):
+                while (await client.get("/v1/student")).json()["reason"] == "starting":
+                    await asyncio.sleep(0.01)
             return await steps(client)
 
     return asyncio.run(run())
@@ -198,7 +201,7 @@ def test_a_server_that_is_up_first_serves_what_is_promoted_then_replaced_then_ro
 
 def test_until_something_is_promoted_every_generating_route_says_what_it_waits_for_and_no_model_is_listed(registry: Path) -> None:
     async def steps(client: httpx.AsyncClient) -> None:
-        reason = f"no student is promoted yet; waiting for a promotion in {registry}"
+        reason = "no student is promoted yet"
         assert (await client.get("/healthz")).status_code == 200
         ready = await client.get("/readyz")
         assert (ready.status_code, ready.json()) == (503, {"status": "not ready", "reason": reason})
@@ -220,10 +223,13 @@ def test_a_directory_that_will_never_be_a_registry_is_refused_at_once(registry: 
         student_app(StudentServiceSettings(registry=registry))
 
 
-def test_what_was_promoted_before_the_start_is_served_from_the_first_request_on(registry: Path, tiny: Path) -> None:
+def test_what_was_promoted_before_the_start_is_served_as_soon_as_it_is_loaded(registry: Path, tiny: Path) -> None:
     version = promoted(registry, tiny, name="early")
 
     async def steps(client: httpx.AsyncClient) -> None:
+        async with asyncio.timeout(20):
+            while (await client.get("/readyz")).status_code != 200:
+                await asyncio.sleep(0.01)
         for path, body in ROUTES.items():
             assert (await client.post(path, json=body)).status_code == 200
         assert [m["id"] for m in (await client.get("/v1/models")).json()["data"]] == ["student"]
@@ -253,27 +259,29 @@ def test_a_student_out_of_a_plain_folder_has_no_name_and_no_scores() -> None:
 def test_a_promotion_that_was_refused_is_told_with_its_reason(registry: Path) -> None:
     record_refusal(registry, reason="the gain of 0.001 is below 0.01", run="r", scores={})
     said = talk(registry, lambda client: client.get("/readyz")).json()["reason"]
-    assert said == (
-        f"no student is promoted yet (the last one was refused: the gain of 0.001 is below 0.01); waiting for a promotion in {registry}"
-    )
+    assert said == "no student is promoted yet (the last one was refused: the gain of 0.001 is below 0.01)"
 
 
-def test_a_damaged_version_is_refused_with_one_line_and_told_while_nothing_is_served(
-    registry: Path, tiny: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("how", ["damaged later", "not loadable"])
+def test_a_version_that_cannot_be_served_has_one_line_in_the_log_and_callers_are_told_nothing_of_what_is_inside(
+    registry: Path, tiny: Path, folder: Path, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    damaged = promoted(registry, tiny, name="damaged")
-    (registry / damaged.folder / "model.bin").write_bytes(b"other")
+    bad = promoted(registry, tiny if how == "damaged later" else folder, name="bad")
+    if how == "damaged later":
+        (registry / bad.folder / "model.bin").write_bytes(b"other")
 
-    async def steps(client: httpx.AsyncClient) -> str:
+    async def steps(client: httpx.AsyncClient) -> None:
         await asyncio.sleep(2.5 * LOOK_S)
-        reason = str((await client.get("/readyz")).json()["reason"])
-        assert (await client.post("/v1/generate", json={"question": "a"})).json()["error"]["message"] == reason
-        return reason
+        reason = f"promoted version {bad.version} cannot be served; the log tells why"
+        assert (await client.get("/readyz")).json()["reason"] == reason
+        assert (await client.get("/v1/student")).json()["reason"] == reason
+        for path, body in ROUTES.items():
+            assert (await client.post(path, json=body)).json()["error"]["message"] == reason
 
-    reason = talk(registry, steps)
-    assert reason.startswith(f"promoted version {damaged.version} cannot be served: ")
-    assert "model.bin" in reason
-    assert caplog.messages == [f"student: {reason}"]
+    talk(registry, steps)
+    (line,) = caplog.messages
+    error = "DataError" if how == "damaged later" else "EngineError"
+    assert line.startswith(f"student: promoted version {bad.version} cannot be served: {error}: {registry}")
 
 
 def test_what_cannot_be_served_leaves_the_one_before_in_place_and_the_next_is_served(
@@ -288,9 +296,9 @@ def test_what_cannot_be_served_leaves_the_one_before_in_place_and_the_next_is_se
         for _ in range(3):
             await follower.look()
         assert await answer(served) == good.version
-        reason = f"promoted version {bad.version} cannot be served: no such layer"
-        assert served.reason == reason
-        assert caplog.messages == [f"student: {reason}; version {good.version} stays served"]
+        reason = f"promoted version {bad.version} cannot be served"
+        assert served.reason == f"{reason}; the log tells why"
+        assert caplog.messages == [f"student: {reason}: EngineError: no such layer; version {good.version} stays served"]
         assert loader.loads == 2
         assert not loader.engines["good"].closed
         better = promoted(registry, folder, name="better")
@@ -301,11 +309,110 @@ def test_what_cannot_be_served_leaves_the_one_before_in_place_and_the_next_is_se
         for _ in range(2):
             await follower.look()
         assert await answer(served) == better.version
-        assert "current.json" in str(served.reason)
+        assert served.reason == "what is promoted cannot be told; the log tells why"
         assert len(caplog.messages) == 2
+        assert "current.json" in caplog.messages[1]
         assert len(capsys.readouterr().out.splitlines()) == 2
 
     asyncio.run(run())
+
+
+def test_what_could_not_be_served_is_tried_again_later_with_one_line_for_each_distinct_error(
+    registry: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [OSError(116, "Stale file handle"), OSError(116, "Stale file handle"), MemoryError()]
+
+    class Recovering(Loader):
+        def __call__(self, student: Student) -> Loaded:
+            if errors:
+                raise errors.pop(0)
+            return super().__call__(student)
+
+    async def run() -> None:
+        served = Served()
+        follower = Follower(registry, served, load=Recovering(), retry_s=0.1)
+        version = promoted(registry, folder, name="one")
+        for left in (2, 1, 0):
+            for _ in range(2):  # the second comes too early
+                await follower.look()
+                assert len(errors) == left
+                assert served.loaded is None
+            await asyncio.sleep(0.1)
+        await follower.look()
+        assert await answer(served) == version.version
+        assert served.reason is None
+        said = f"student: promoted version {version.version} cannot be served"
+        assert caplog.messages == [f"{said}: OSError: [Errno 116] Stale file handle", f"{said}: MemoryError: "]
+
+    asyncio.run(run())
+
+
+def test_a_pointer_that_could_not_be_read_for_a_while_loads_nothing_again(registry: Path, folder: Path) -> None:
+    async def run() -> None:
+        served, loader = Served(), Loader()
+        follower = Follower(registry, served, load=loader)
+        promoted(registry, folder, name="one")
+        await follower.look()
+        pointer = registry / "current.json"
+        content = pointer.read_bytes()
+        pointer.write_text("{")
+        await follower.look()
+        assert served.reason is not None
+        pointer.write_bytes(content)
+        await follower.look()
+        assert served.reason is None
+        assert loader.loads == 1
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_fails_to_close_does_not_end_the_following(registry: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Unclosable(Gate):
+        async def aclose(self) -> None:
+            raise RuntimeError("a worker failed")
+
+    async def run() -> None:
+        served = Served()
+
+        def seated(name: str) -> bool:
+            return served.loaded is not None and served.loaded.student.name == name
+
+        follower = Follower(registry, served, load=lambda student: Loaded(student, Unclosable(student.version), "encoder-decoder"))
+        async with follower.following():
+            for name in ("one", "two", "three"):
+                promoted(registry, folder, name=name)
+                await until(lambda name=name: seated(name))  # type: ignore[misc]
+        assert "a worker failed" in caplog.text
+
+    asyncio.run(run())
+
+
+def test_while_the_first_student_is_loaded_the_server_lives_and_says_so(registry: Path, folder: Path) -> None:
+    go = threading.Event()
+
+    class SlowToLoad(Loader):
+        def __call__(self, student: Student) -> Loaded:
+            assert go.wait(20)
+            return super().__call__(student)
+
+    async def run() -> None:
+        served = Served()
+        version = promoted(registry, folder, name="one")
+        app = app_over(served, public_name="student", beside=Follower(registry, served, load=SlowToLoad()).following)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://student") as client,
+        ):
+            reason = f"loading promoted version {version.version}"
+            await until(lambda: served.reason == reason)
+            assert (await client.get("/healthz")).status_code == 200
+            ready = await client.get("/readyz")
+            assert (ready.status_code, ready.json()["reason"]) == (503, reason)
+            go.set()
+            await until(lambda: served.loaded is not None)
+            assert (await client.get("/readyz")).status_code == 200
+
+    asyncio.run(asyncio.wait_for(run(), 20))
 
 
 def test_the_pointer_that_stays_loads_nothing_again(registry: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -200,6 +201,7 @@ def test_a_registry_outside_the_runs_is_told_without_a_run_and_its_history_is_co
         ("evaluation/report.json", b'{"systems": [], "comparisons": {}}', ("distill_evaluation",)),
         ("registry/current.json", b"{}", ("distill_promoted",)),
         ("registry/history.jsonl", b"{}\n", ("distill_registry",)),
+        ("registry/format.json", b'{"format": 2}', ("distill_promoted", "distill_registry")),
     ],
 )
 def test_a_damaged_file_is_counted_and_named_once_and_the_rest_is_told(
@@ -219,6 +221,28 @@ def test_a_damaged_file_is_counted_and_named_once_and_the_rest_is_told(
     assert all(any("whole" in labels for labels in found[name]) for name in of_runs)
     missing = {name for name in of_runs if not any("damaged" in labels for labels in found[name])}
     assert missing == {name for name in of_runs if name.startswith(lost)}
+
+
+class Locked(type(Path())):  # type: ignore[misc]
+    """A folder that may not be entered; who tests as root has no other."""
+
+    def is_file(self) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+
+class Runs(type(Path())):  # type: ignore[misc]
+    """A volume of runs with what a file system keeps for itself."""
+
+    def iterdir(self) -> Iterator[Path]:
+        yield Locked(self / "lost+found")
+        yield from Path(self).iterdir()
+
+
+def test_a_folder_that_may_not_be_entered_is_counted_and_the_runs_are_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    found = scrape(RunMetrics(Runs(run.path.parent)))
+    assert found["distill_monitor_errors"] == {(): 1}
+    assert "lost+found" in caplog.text
+    assert found["distill_stage_state"]["mine", "dataset", "missing"] == 1
 
 
 def test_only_the_newest_runs_are_told(tmp_path: Path) -> None:
@@ -264,6 +288,27 @@ def test_the_command_serves_what_it_reads_and_ends_with_0_when_told_to(tmp_path:
             assert process.returncode == 0
         finally:
             process.kill()
+
+
+TOLD_WHILE_IT_STARTS = """
+import os, signal, sys, time
+from shared import cli
+
+class Early:
+    def find_spec(self, name, *rest):
+        if name == "prometheus_client":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+
+sys.meta_path.insert(0, Early())
+cli.entry()
+"""
+
+
+def test_told_to_end_while_it_still_imports_what_it_needs_it_ends_with_0(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TOLD_WHILE_IT_STARTS, "monitor", "--runs", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_taken_port_is_named_with_the_remedy(tmp_path: Path) -> None:
