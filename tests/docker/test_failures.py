@@ -46,12 +46,12 @@ def test_a_dead_teacher_stops_the_chain_after_the_harvester_and_the_next_up_goes
     assert "teacher" not in project.states()
 
 
-def test_a_student_that_does_not_win_ends_the_evaluator_with_3_and_the_service_says_why(project: Project, tmp_path: Path) -> None:
+def test_a_student_that_does_not_win_ends_the_one_command_for_scripts_with_3(project: Project, tmp_path: Path) -> None:
     # promotion asks for a gain that cannot be had
     variables = recipe(tmp_path, **{"epochs: 30": "epochs: 1", "export:": "promote: {margin: 0.9}\nexport:"})
-    assert project.up(**variables).returncode == 0
-    assert project.finish() == 3
-    assert "not promoted" in project.logs("evaluator")
+    done = project.compose("up", "--no-build", "--exit-code-from", "evaluator", "evaluator", **variables)
+    assert done.returncode == 3
+    assert "not promoted" in done.stdout
     assert project.in_volume("registry", "ls -A /volume/versions 2>/dev/null || true") == ""
 
 

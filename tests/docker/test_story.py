@@ -48,6 +48,7 @@ def test_the_student_is_up_before_anything_is_promoted_and_says_what_it_waits_fo
     assert project.up("student").returncode == 0
     base = f"http://127.0.0.1:{project.student_port}"
     assert ready(f"{base}/healthz").status_code == 200
+    time.sleep(2)  # its first look at the registry
     answer = httpx.get(f"{base}/readyz", trust_env=False)
     assert answer.status_code == 503
     assert "no student is promoted yet" in answer.json()["reason"]
@@ -148,6 +149,23 @@ def test_the_key_of_a_teacher_comes_from_a_file_and_shows_nowhere_else(project: 
     assert "not-a-real-key" not in project.compose("config", **variables).stdout
 
 
+def test_a_key_that_the_containers_cannot_read_is_told_before_any_work(project: Project, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("not-a-real-key\n")
+    key.chmod(0o600)
+    assert project.up("harvester", TEACHER_URL="http://127.0.0.1:9/v1", TEACHER_MODEL="m", TEACHER_KEY_FILE=str(key)).returncode != 0
+    assert project.state("prepare")["ExitCode"] == 2
+    assert "DISTILL_UID" in project.logs("prepare")
+
+
+def test_another_user_goes_on_with_the_volumes_of_the_first(served: Project) -> None:
+    assert served.up("evaluator", DISTILL_UID="4321").returncode == 0
+    assert served.finish("evaluator") == 0, served.logs("evaluator")
+    assert served.up("triplets", DISTILL_UID="4321", RUN="third").returncode == 0
+    assert served.finish("triplets") == 0, served.logs("triplets")
+    assert served.in_volume("runs", "find /volume/third -printf '%U:%G\\n' | sort -u") == "4321:0\n"
+
+
 def until_trained(project: Project, steps: int) -> None:
     """Wait until the trainer has logged so many steps."""
     deadline = time.monotonic() + 120
@@ -158,7 +176,7 @@ def until_trained(project: Project, steps: int) -> None:
 
 
 def test_a_killed_trainer_goes_on_from_its_checkpoint_and_a_stopped_one_ends_within_10_s(built: dict[str, float], tmp_path: Path) -> None:
-    project = Project(**recipe(tmp_path, **{"epochs: 30": "epochs: 90", "checkpoint_steps: 20": "checkpoint_steps: 5"}))
+    project = Project(**recipe(tmp_path, **{"epochs: 30": "epochs: 40", "checkpoint_steps: 20": "checkpoint_steps: 5"}))
     try:
         going = threading.Thread(target=project.up)  # it waits for the trainer, which is not to end
         going.start()
@@ -180,8 +198,8 @@ def test_a_killed_trainer_goes_on_from_its_checkpoint_and_a_stopped_one_ends_wit
         assert project.up().returncode == 0
         assert project.finish() == 0, project.logs("evaluator")
         steps = project.in_volume("runs", "grep -o '\"step\":[0-9]*' /volume/default/checkpoints/log.jsonl | cut -d: -f2").split()
-        assert steps == [str(step) for step in range(1, 271)]
-        firsts = [line for line in project.logs("trainer").splitlines() if "/270 steps, 0.0/s" in line]
+        assert steps == [str(step) for step in range(1, 121)]
+        firsts = [line for line in project.logs("trainer").splitlines() if "/120 steps, 0.0/s" in line]
         assert len(firsts) == 3
         assert not firsts[1].startswith("train: 0/")
         assert not firsts[2].startswith("train: 0/")
