@@ -72,7 +72,7 @@ def teacher_predictions(
     """
     recipe = run.recipe
     # a launched teacher is the same teacher on whatever port it is found today
-    identity, model = recipe.teacher.identity, recipe.teacher.model
+    identity, model = recipe.teacher.identity, recipe.teacher.public_name
 
     def wanted(few_shot: bool) -> list[Ask]:
         return asks(recipe, test, shots, identity=identity, model=model, protocol=recipe.teacher.protocol, few_shot=few_shot)

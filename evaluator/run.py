@@ -29,21 +29,19 @@ def main(argv: list[str]) -> int:
     run = open_run(arguments)
 
     from evaluator.stage import score_again
-    from shared.registry import rolled_back
+    from shared.registry import stays_rolled_back
 
     stage = run.stage("evaluation", ["dataset", "model"])
     registry = arguments.registry or run.path / "registry"
     # asked before the work is done: a folder that is no registry is refused now
-    stays = arguments.promote and rolled_back(registry) and stage.complete
+    stays = arguments.promote and stays_rolled_back(registry, run.path) and stage.complete
     if arguments.score_only:
         score_again(stage)
     elif stage.complete:
         print("evaluation: complete, nothing to do")
     else:
         evaluate_all(run, stage, arguments.teacher_url)
-    if stays:
-        print("promote: left as it is, since it was rolled back; `distill promote` serves this student again")
-    elif arguments.promote:
+    if arguments.promote and not stays:
         promote(run, registry)
     return 0
 
@@ -71,5 +69,10 @@ def open_teacher(teacher: TeacherSettings, given: str | None) -> HttpEngine:
     url = teacher.address(given)
     key = read_secret(teacher.api_key, teacher.api_key_file, "teacher.api_key")
     return HttpEngine(
-        url, model=teacher.model, protocol=teacher.protocol, api_key=key, timeout_s=teacher.timeout_s, max_attempts=teacher.max_attempts
+        url,
+        model=teacher.public_name,
+        protocol=teacher.protocol,
+        api_key=key,
+        timeout_s=teacher.timeout_s,
+        max_attempts=teacher.max_attempts,
     )

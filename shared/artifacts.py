@@ -30,6 +30,8 @@ FORMAT = 1
 """Of run directories. A run.json that names none is of format 1: version 0.1.0 began without the mark."""
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "ctranslate2", "rouge_score", "nltk", "httpx", "pydantic")
 ANOTHER_RUN = "give another --out (with compose: RUN=name)"
+LOST_AND_FOUND = "lost+found"
+"""What a fresh file system holds: a volume with nothing else is empty."""
 _LOCKED: dict[Path, int] = {}
 """Lock files this process holds, with their handles: a stage may be opened several times in one process, not in two."""
 T = TypeVar("T", bound=Contract)
@@ -58,7 +60,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Write all of `data` to `path`, durably, or leave what was there. Raises StorageError."""
     if isinstance(data, str):
         data = data.encode()
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -102,7 +104,7 @@ def read_jsonl(path: Path, model: type[T]) -> list[T]:
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill that takes the place of `path`, whole, when the block ends without an error."""
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -118,6 +120,26 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise storage_error(exc, path) from exc
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process makes anything in a folder of a shared cache, and sweep away what killed ones left half done.
+
+    Raises StorageError where the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as exc:
+        raise storage_error(exc, folder) from exc
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for leftover in folder.glob(".*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _fsync_dir(path: Path) -> None:
@@ -240,7 +262,7 @@ class Run:
                     f"{path} belongs to a run with other settings; {ANOTHER_RUN}, or ask for the same: " + "; ".join(differences)
                 )
         else:
-            if path.exists() and (not path.is_dir() or not all(map(_is_temporary, path.iterdir()))):
+            if path.exists() and (not path.is_dir() or not all(e.name == LOST_AND_FOUND or _is_temporary(e) for e in path.iterdir())):
                 raise RunMismatch(f"{path} exists, is not empty and is no run directory (it has no run.json); {ANOTHER_RUN}")
             write_json(file, fresh)
         return cls(path, recipe)
@@ -263,7 +285,7 @@ class Run:
 
 def _is_unused(run: Path) -> bool:
     """Whether a run directory holds nothing yet that its settings have shaped."""
-    return all(entry.name in ("run.json", ".locks", "teacher.log") or _is_temporary(entry) for entry in run.iterdir())
+    return all(entry.name in ("run.json", ".locks", "teacher.log", LOST_AND_FOUND) or _is_temporary(entry) for entry in run.iterdir())
 
 
 class Stage:
@@ -325,7 +347,7 @@ def _lock(path: Path, what: str) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # less what the umask forbids
     except OSError as exc:
         raise storage_error(exc, path) from exc
     try:
@@ -359,7 +381,7 @@ def refuse_other_format(file: Path, content: Any, ours: int, otherwise: str) -> 
         )
 
 
-def _temporary(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
     """Where to write what shall become `path`: a name that no other process has, in this container or another."""
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 

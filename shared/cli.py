@@ -85,16 +85,13 @@ def _interrupted(exc: BaseException | None) -> bool:
 
 def entry() -> None:
     """What the console script runs: `main`, ending the process with its exit code."""
-    from shared.errors import INTERRUPTED
-
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # an end without tidying up loses no line
     _end_when_told_to()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == INTERRUPTED:
-        os._exit(code)  # CPython dies of SIGINT at its end if the Ctrl-C fell into an exec() somewhere, although it was caught
-    sys.exit(code)
+    # not sys.exit: while it takes itself down, CPython lets signals kill it that were handled until then
+    os._exit(code)
 
 
 def _end_when_told_to() -> None:

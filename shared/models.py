@@ -9,14 +9,15 @@ random:tiny-t5                   a T5 of a few hundred thousand random weights, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from shared.artifacts import sha256_bytes
+from shared.artifacts import alone_in, sha256_bytes
 from shared.commands import uninterrupted
-from shared.errors import EngineError
+from shared.errors import EngineError, StorageError
 from shared.settings import cache_dir
 
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -59,8 +60,10 @@ def serving_folder(reference: str, quantization: str) -> Path:
             with uninterrupted():
                 from shared.engines.convert import convert
 
-            print(f"converting {reference} to CTranslate2 {quantization}, once, into {out}", flush=True)
-            convert(model, out, name=reference, quantization=quantization)
+            with alone_in(out.parent):
+                if not (out / "serving.json").exists():
+                    print(f"converting {reference} to CTranslate2 {quantization}, once, into {out}", flush=True)
+                    convert(model, out, name=reference, quantization=quantization)
     return out
 
 
@@ -92,10 +95,12 @@ def offline_model(reference: str) -> str:
 
 @contextmanager
 def _makeable(reference: str) -> Iterator[None]:
-    """Raises EngineError in place of an ImportError: images that only serve or ask have none of the libraries that make models."""
+    """Raises EngineError where models are not made: images that only serve or ask have none of the libraries, and a cache to read from."""
     try:
         yield
-    except ImportError as exc:
+    except (ImportError, StorageError) as exc:
+        if isinstance(exc, StorageError) and os.access(cache_dir(), os.W_OK):
+            raise  # a full disk
         raise EngineError(
             f"{reference} is not in {cache_dir()} yet and cannot be made here ({exc}); "
             "run `distill prepare` with the same recipe and cache first, where torch is installed"

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from shared.artifacts import (
+    LOST_AND_FOUND,
     Ledger,
     canonical,
     new_directory,
@@ -186,9 +187,14 @@ def history(registry: Path) -> list[Event]:
         raise DataError(f"{file} holds a line that is no event: {exc.errors()[0]['msg']}") from exc
 
 
-def rolled_back(registry: Path) -> bool:
-    """Whether the last word on what is served was somebody's rollback, which doing the same again must not undo."""
-    return [event.what for event in history(registry) if event.what != "refused"][-1:] == ["rolled back"]
+def stays_rolled_back(registry: Path, run: Path) -> bool:
+    """Whether the last word on what is served was a rollback, and this run's student had been promoted: doing the same again must not
+    undo what somebody asked for. Says so."""
+    events = [event for event in history(registry) if event.what != "refused"]
+    if not events or events[-1].what != "rolled back" or str(run.resolve()) not in {e.run for e in events if e.what == "promoted"}:
+        return False
+    print("promote: left as it is, since it was rolled back; `distill promote` serves this student again", flush=True)
+    return True
 
 
 def _check(registry: Path) -> None:
@@ -203,7 +209,7 @@ def _check(registry: Path) -> None:
 
 
 def _is_ours(registry: Path) -> bool:
-    visible = {entry.name for entry in registry.iterdir() if not entry.name.startswith(".")}
+    visible = {entry.name for entry in registry.iterdir() if not entry.name.startswith(".")} - {LOST_AND_FOUND}
     return not visible or bool(visible & ENTRIES)
 
 

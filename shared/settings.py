@@ -19,8 +19,9 @@ from pydantic_settings.exceptions import SettingsError as SourceError
 
 from shared.errors import SettingsError
 
-RESERVED = {"DISTILL_CACHE"}
-"""Variables with our prefix that are no recipe settings. DISTILL_CACHE: where converted weights and downloads are kept."""
+RESERVED = {"DISTILL_CACHE", "DISTILL_UID", "TEACHER_URL", "TEACHER_MODEL", "TEACHER_KEY_FILE"}
+"""Variables with a prefix of ours that are no settings. DISTILL_CACHE: where converted weights and downloads are kept. The others are
+compose's (.env.example), and may stand in the environment of whoever runs compose and `distill` in turn."""
 
 Quantization = Literal["int8", "float16", "float32"]
 DEFAULT_QUANTIZATION: Quantization = "int8"
@@ -100,8 +101,8 @@ class TeacherSettings(Section):
     """Base URL of an OpenAI-compatible API, with its /v1."""
     launch: LaunchSettings | None = None
     """None where a URL is given."""
-    model: str = "teacher"
-    """The public model name to ask for."""
+    model: str | None = None
+    """The public model name to ask for at `url`; default teacher. A launched teacher is asked for by the name of its own model."""
     protocol: Literal["chat", "completions"] = "chat"
     api_key: SecretStr | None = Field(None, exclude=True)
     api_key_file: Path | None = Field(None, exclude=True)
@@ -119,7 +120,16 @@ class TeacherSettings(Section):
     def _somebody_is_asked(self) -> TeacherSettings:
         if self.url is None and self.launch is None:
             raise ValueError("give url or launch")
+        if self.launch is not None and self.model is not None:
+            raise ValueError("model: a launched teacher has the name of its own model; leave model out, or give url as well")
         return self
+
+    @property
+    def public_name(self) -> str:
+        """The model name to ask for. Another launched model has another one, so that no server of before answers in its place."""
+        if self.launch is not None:
+            return self.launch.model if self.launch.engine == "local" else self.launch.engine
+        return self.model or "teacher"
 
     def address(self, given: str | None) -> str:
         """Where to ask; `given` is the URL at which a launched teacher is found today.
@@ -339,6 +349,10 @@ def read_secret(value: SecretStr | None, file: Path | None, field: str) -> str |
         return None
     try:
         secret = file.read_text().strip()
+    except PermissionError as exc:
+        raise SettingsError(
+            f"{field}_file: {file} may not be read by this user (id {os.getuid()}); chmod 644, or run as its owner (compose: DISTILL_UID)"
+        ) from exc
     except (OSError, UnicodeDecodeError) as exc:
         raise SettingsError(f"{field}_file: cannot read {file}: {getattr(exc, 'strerror', None) or exc}") from exc
     if not secret:

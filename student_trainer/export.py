@@ -82,8 +82,9 @@ base_model: {recipe.student.model}
 ---
 # {recipe.name}
 
-`{recipe.student.model}` distilled from the answers of a black-box teacher (`{recipe.teacher.identity}`, model `{recipe.teacher.model}`)
-with ORPO (lambda {recipe.train.orpo_lambda}) on {pairs} triplets chosen out of {answers} teacher answers; data set `{recipe.dataset.name}`.
+`{recipe.student.model}` distilled from the answers of a black-box teacher (`{recipe.teacher.identity}`, model
+`{recipe.teacher.public_name}`) with ORPO (lambda {recipe.train.orpo_lambda}) on {pairs} triplets chosen out of {answers} teacher answers;
+data set `{recipe.dataset.name}`.
 
 - `hf/`: Hugging Face format. `serving/`: CTranslate2, {recipe.export.quantization}.
 - Base model: {came_from}.

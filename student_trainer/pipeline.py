@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 
     from shared.artifacts import Run
     from shared.embedded.weights import ORIGIN
-    from shared.registry import rolled_back
+    from shared.registry import stays_rolled_back
     from shared.settings import Recipe, load_settings
     from student_trainer.progress import unfinished
 
@@ -84,9 +84,7 @@ def main(argv: list[str]) -> int:
                 extra.append("--retry-failed")
             _stage(command, shared + extra)
     _print_times(run, time.monotonic() - begun, prepared)
-    if rolled_back(out / "registry"):
-        print("promote: left as it is, since it was rolled back; `distill promote` serves this student again", flush=True)
-    else:
+    if "evaluation" in left or not stays_rolled_back(out / "registry", out):
         _stage("promote", shared)
     if arguments.no_serve:
         print(f"to serve it: distill serve --registry {out / 'registry'}")
@@ -168,7 +166,7 @@ def _teacher(run: Run, launch: LaunchSettings) -> Iterator[str]:
     """The recipe's own teacher as a process on a free port of the loopback; its base URL. Ends with the block, or with this process."""
     port = _free_port()
     command = [sys.executable, "-m", "shared.cli", "teacher", "--engine", launch.engine, "--port", str(port)]
-    command += ["--public-name", run.recipe.teacher.model, "--until-stdin-closes"]
+    command += ["--public-name", run.recipe.teacher.public_name, "--until-stdin-closes"]
     if launch.engine == "local":
         command += ["--model-ref", launch.model]
     log = run.path / "teacher.log"

@@ -26,9 +26,10 @@ def main(argv: list[str]) -> int:
     from shared.datasets.load import load
     from shared.datasets.stage import STAGE, prepare
     from shared.models import offline_model, serving_folder
-    from shared.settings import DEFAULT_QUANTIZATION, cache_dir
+    from shared.settings import DEFAULT_QUANTIZATION, cache_dir, read_secret
 
     recipe, before = run.recipe, _made(run)
+    read_secret(recipe.teacher.api_key, recipe.teacher.api_key_file, "teacher.api_key")  # the harvest needs it; better told now
     if run.manifest(STAGE) is None:
         load(recipe.dataset, cache_dir())  # what is wrong with the data comes to light before minutes go into models
     student = recipe.student.model
@@ -37,7 +38,8 @@ def main(argv: list[str]) -> int:
     if recipe.teacher.launch and recipe.teacher.launch.engine == "local":
         teacher = recipe.teacher.launch.model
         print(f"prepare: teacher {teacher}: to be asked {serving_folder(teacher, DEFAULT_QUANTIZATION)}", flush=True)
-    prepare(run)  # last: until a run has rows, its recipe may be mended, a misspelt model's name for one
+    # last: until a run has rows, its recipe may be mended, a misspelt model's name for one; asked again, since another may have come first
+    prepare(open_run(arguments))
     print(f"prepare: the rows are in {run.path / STAGE}", flush=True)
     if _made(run) == before:
         print("prepare: complete, nothing to do")
@@ -57,4 +59,4 @@ def _made(run: Run) -> set[Path]:
     """What this command may add to."""
     from shared.settings import cache_dir
 
-    return {*run.path.glob("dataset/manifest.json"), *cache_dir().glob("*/*")}
+    return {*run.path.glob("dataset/manifest.json"), *cache_dir().rglob("*")}

@@ -65,5 +65,5 @@ def launched_by(file: Path, flags: dict[str, Any]) -> dict[str, Any]:
             f"--recipe {file}: the recipe's teacher is at {teacher.url}: there is nothing to launch; "
             "the stages ask it there (to serve another one: --engine and --model-ref without --recipe)"
         )
-    who = {"engine": teacher.launch.engine, "public_name": teacher.model}
+    who = {"engine": teacher.launch.engine, "public_name": teacher.public_name}
     return flags | who | ({"model_ref": teacher.launch.model} if teacher.launch.engine == "local" else {})

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from shared.artifacts import new_directory, write_json
+from shared.artifacts import alone_in, new_directory, write_json
 from shared.commands import uninterrupted
 from shared.errors import SettingsError
 
@@ -47,10 +47,12 @@ def random_model(name: str, cache: Path) -> Path:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    with new_directory(out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_json(folder / "origin.json", {"model": "random weights, seed 0", "license": "Apache-2.0"})
+    with alone_in(out.parent):
+        if not (out / "origin.json").exists():
+            with new_directory(out) as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                write_json(folder / "origin.json", {"model": "random weights, seed 0", "license": "Apache-2.0"})
     return out
 
 

@@ -10,7 +10,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from shared.artifacts import new_directory, sha256_file, write_json
+from shared.artifacts import alone_in, new_directory, sha256_file, write_json
 from shared.commands import uninterrupted
 from shared.errors import SettingsError
 
@@ -84,10 +84,12 @@ def _with_adapter(stock: Path, cache: Path) -> Path:
 
 
 def _save(out: Path, model: Any, tokenizer: Any, origin: dict[str, str]) -> None:
-    with new_directory(out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_json(folder / "origin.json", origin)
+    with alone_in(out.parent):
+        if not (out / "origin.json").exists():
+            with new_directory(out) as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                write_json(folder / "origin.json", origin)
 
 
 def _gguf_file() -> Path:

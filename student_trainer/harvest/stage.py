@@ -65,7 +65,7 @@ def teacher_asks(run: Run, examples: Sequence[Example]) -> list[Ask]:
             request = GenerationRequest(messages=messages(recipe.task, example.question, solved), n=settings.samples, sampling=sampling)
         else:
             request = GenerationRequest(prompt=plain(recipe.task, example.question, solved), n=settings.samples, sampling=sampling)
-        asks.append(Ask(example.id, request, identity=teacher.identity, model=teacher.model, protocol=teacher.protocol))
+        asks.append(Ask(example.id, request, identity=teacher.identity, model=teacher.public_name, protocol=teacher.protocol))
     return asks
 
 
@@ -93,7 +93,12 @@ async def _collect(
 
     teacher = recipe.teacher
     engine: Engine = HttpEngine(
-        url, model=teacher.model, protocol=teacher.protocol, api_key=key, timeout_s=teacher.timeout_s, max_attempts=teacher.max_attempts
+        url,
+        model=teacher.public_name,
+        protocol=teacher.protocol,
+        api_key=key,
+        timeout_s=teacher.timeout_s,
+        max_attempts=teacher.max_attempts,
     )
     try:
         return await collect(engine, asks, ledger, concurrency=recipe.harvest.concurrency, what="harvest", retry_failed=retry_failed)

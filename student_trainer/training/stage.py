@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from shared.artifacts import Ledger, Run, Stage, new_directory, read_json, read_jsonl, sha256_file, write_json
 from shared.commands import Progress
 from shared.contracts import Manifest, Triplet
+from shared.errors import TrainingError
 from shared.models import hugging_face_model
 from shared.settings import TrainSettings
 from student_trainer.training.packing import Collator, Packer, group
@@ -67,6 +68,15 @@ def train(run: Run, stage: Stage) -> Manifest:
     )
     clear(stage.path)
     return manifest
+
+
+def refuse_without_gpu() -> None:
+    """Raises TrainingError where torch finds no GPU that it can use: a driver older than its CUDA is one reason."""
+    if not torch.cuda.is_available():
+        raise TrainingError(
+            f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}) can use no GPU here: is one given to this container, and is "
+            "its driver new enough for that CUDA (nvidia-smi tells)? To train on the CPU: docker compose -f compose.cpu.yaml up"
+        )
 
 
 def forget_other_triplets(folder: Path, digest: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from shared.artifacts import new_directory, read_json
+from shared.artifacts import new_directory, read_json, temporary_name
 from shared.contracts import Contract
 from shared.errors import TrainingError
 from shared.settings import TrainSettings
@@ -235,6 +234,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Take its name away first, so that half a checkpoint is never taken for a whole one."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}.tmp")
+    doomed = temporary_name(checkpoint)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)

@@ -75,7 +75,7 @@ def test_the_student_becomes_ready_without_a_restart(served: Project) -> None:
 
 def test_both_apis_answer_a_container_on_the_users_network(served: Project) -> None:
     ready(f"http://127.0.0.1:{served.student_port}/readyz")
-    chat = json.dumps({"model": "teacher", "messages": [{"role": "user", "content": QUESTION}]})
+    chat = json.dumps({"model": "scripted", "messages": [{"role": "user", "content": QUESTION}]})
     assert '"choices"' in user_asks(served, "http://teacher:8000/v1/chat/completions", chat)
     assert '"answers"' in user_asks(served, "http://student:8080/v1/generate", json.dumps({"question": QUESTION}))
 
@@ -126,7 +126,7 @@ def test_another_teacher_is_asked_by_its_url_alone_and_old_answers_are_not_taken
 
         assert served.up("harvester", **swap).returncode != 0  # the same run: it belongs to the first teacher
         assert served.state("prepare")["ExitCode"] == 6
-        assert "teacher.model: the run has 'teacher', you ask for 'other'" in served.logs("prepare")
+        assert "teacher.model: the run has None, you ask for 'other'" in served.logs("prepare")
 
         served.compose("stop", "teacher")  # whoever answers now, it is not the first one
         assert served.up("harvester", **swap, RUN="second").returncode == 0

@@ -139,9 +139,9 @@ def test_a_job_that_is_importing_its_libraries_or_making_its_models_ends(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]], moment_s: float
 ) -> None:
     process = start(*distill("prepare", *shared(tmp_path / "run")), DISTILL_CACHE=str(tmp_path / "cache"))
-    wait_for((tmp_path / "run" / "dataset" / "manifest.json").exists)
+    wait_for((tmp_path / "run" / "run.json").exists)
     time.sleep(moment_s)
-    if process.poll() is None:  # a fast machine may be done
+    if moment_s <= 0.3 or process.poll() is None:  # torch alone takes longer to load; later, a fast machine may be done
         assert told_to_end(process) == f"distill prepare: {TOLD}, and the same command goes on from there\n"
 
 

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from shared.artifacts import Run, canonical, new_directory, read_jsonl, sha256_bytes, sha256_file, write_atomic, write_jsonl
+from shared.artifacts import Run, alone_in, canonical, new_directory, read_jsonl, sha256_bytes, sha256_file, write_atomic, write_jsonl
 from shared.contracts import Prediction
 from shared.errors import DataError, RunMismatch, StageOrder, StorageError
 from shared.settings import HarvestSettings, Recipe, TeacherSettings, TrainSettings
@@ -163,6 +165,32 @@ def test_a_folder_of_somebody_else_is_refused_and_an_empty_one_taken(tmp_path: P
     Run.open(tmp_path / "empty", recipe())
 
 
+def test_a_fresh_volume_may_become_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run" / "lost+found").mkdir(parents=True)
+    Run.open(tmp_path / "run", recipe())
+
+
+def test_makers_in_one_cache_wait_for_each_other_and_sweep_what_killed_ones_left(tmp_path: Path) -> None:
+    (tmp_path / ".model.elsewhere.7.tmp").mkdir()
+    order: list[str] = []
+    inside = threading.Event()
+
+    def other() -> None:
+        inside.wait()
+        with alone_in(tmp_path):
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with alone_in(tmp_path):
+        assert not list(tmp_path.glob(".*.tmp"))
+        inside.set()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other"]
+
+
 def test_a_run_killed_while_it_was_begun_can_be_begun_again(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".run.json.a-host.123.tmp").write_text('{"reci')
@@ -234,6 +262,8 @@ def test_a_stage_is_no_longer_complete_when_what_it_read_was_made_anew_otherwise
 
 OPEN_A_STAGE = """
 import sys
+import threading
+import time
 from pathlib import Path
 from shared.artifacts import Run
 from shared.errors import StorageError

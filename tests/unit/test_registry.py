@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -190,16 +191,27 @@ def test_a_file_is_no_registry_and_a_folder_with_nothing_but_hidden_files_may_be
     promote(registry, folder(tmp_path, "a"))
 
 
-def test_a_rollback_stands_until_the_next_promotion_whatever_is_refused_in_between(registry, tmp_path):
-    assert not store.rolled_back(registry)
-    for weights in "ab":
-        promote(registry, folder(tmp_path, weights))
-    assert not store.rolled_back(registry)
+def test_a_rollback_stands_for_the_run_it_was_about_until_the_next_promotion(registry, tmp_path, capsys):
+    def stays(run: str) -> bool:
+        return store.stays_rolled_back(registry, Path(run))
+
+    assert not stays("a")
+    for run in "ab":
+        promote(registry, folder(tmp_path, run), run=str(Path(run).resolve()))
+    assert not stays("b")
     store.rollback(registry)
     store.record_refusal(registry, reason="r", run="r", scores={})
-    assert store.rolled_back(registry)
-    promote(registry, folder(tmp_path, "b"))
-    assert not store.rolled_back(registry)
+    assert stays("b")
+    assert "left as it is" in capsys.readouterr().out
+    assert not stays("c")  # it has never been promoted: a rollback of others is no word on it
+    promote(registry, folder(tmp_path, "b"), run=str(Path("b").resolve()))
+    assert not stays("b")
+
+
+def test_a_fresh_volume_may_become_a_registry(registry, tmp_path):
+    (registry / "lost+found").mkdir(parents=True)
+    assert store.current(registry) is None
+    promote(registry, folder(tmp_path, "a"))
 
 
 KILLED = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import SecretStr
 from shared.commands import assignments
 from shared.errors import SettingsError
 from shared.settings import PROCEDURE, Recipe, cache_dir, dotted_names, load_settings, read_secret
+from student_trainer.serving.settings import StudentServiceSettings
 from teacher_service.settings import TeacherServiceSettings
 
 BASE = "name: r\nteacher: {url: http://t/v1}\n"
@@ -180,6 +182,28 @@ def test_a_url_by_flag_variable_or_recipe_takes_the_place_of_a_launched_teacher(
     assert by_flag == by_recipe == by_variable
     assert by_flag.model_dump(mode="json")["teacher"]["launch"] is None
     assert by_flag.teacher.identity == "http://u/v1"
+
+
+def test_another_launched_model_has_another_name_so_that_no_server_of_before_answers_in_its_place(tmp_path: Path) -> None:
+    def name(model: str) -> str:
+        return load(tmp_path, f"name: r\nteacher: {{launch: {{engine: local, model: '{model}'}}}}\n").teacher.public_name
+
+    assert (name("embedded:one"), name("embedded:two")) == ("embedded:one", "embedded:two")
+    with pytest.raises(SettingsError, match="teacher: model: a launched teacher has the name of its own model"):
+        load(tmp_path, LAUNCHES, teacher__model="oracle")
+    assert load(tmp_path, LAUNCHES, teacher__url="http://u/v1").teacher.public_name == "teacher"
+
+
+def test_the_variables_of_compose_may_stand_in_the_environment_of_our_own_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    example = (Path(__file__).parents[2] / ".env.example").read_text()
+    names = re.findall(r"^#([A-Z_]+)=", example, re.MULTILINE)
+    assert "DISTILL_UID" in names
+    for name in names:
+        monkeypatch.setenv(name, "8000" if name.endswith("PORT") else "x")
+    before = load(tmp_path, LAUNCHES)
+    assert before.teacher.public_name == "scripted"
+    assert load_settings(TeacherServiceSettings, flags={}).engine == "local"
+    assert load_settings(StudentServiceSettings, flags={"registry": "r"}).public_name == "student"
 
 
 def test_an_empty_variable_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

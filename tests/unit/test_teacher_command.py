@@ -17,11 +17,11 @@ def recipe(folder: Path, teacher: str) -> Path:
 
 
 def test_a_recipe_says_engine_model_and_public_name_and_flags_the_rest(tmp_path: Path) -> None:
-    local = recipe(tmp_path, "{model: oracle, launch: {engine: local, model: 'random:tiny-t5'}}")
+    local = recipe(tmp_path, "{launch: {engine: local, model: 'random:tiny-t5'}}")
     assert launched_by(local, {"port": "1"}) == {
-        "engine": "local", "model_ref": "random:tiny-t5", "public_name": "oracle", "port": "1",
+        "engine": "local", "model_ref": "random:tiny-t5", "public_name": "random:tiny-t5", "port": "1",
     }  # fmt: skip
-    assert launched_by(recipe(tmp_path, "{launch: {engine: scripted}}"), {}) == {"engine": "scripted", "public_name": "teacher"}
+    assert launched_by(recipe(tmp_path, "{launch: {engine: scripted}}"), {}) == {"engine": "scripted", "public_name": "scripted"}
 
 
 @pytest.mark.parametrize("name", ["engine", "model_ref", "public_name"])
