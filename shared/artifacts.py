@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -122,17 +122,32 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def make_once(out: Path, last: str, make: Callable[[Path], object]) -> Path:
+    """The folder `out` of a shared cache, made with `make` unless it holds `last`, the file that is written last. Returns `out`.
+
+    What is there is used without a lock. Raises as `alone_in` does.
+    """
+    if not (out / last).exists():
+        with alone_in(out.parent):
+            if not (out / last).exists():
+                make(out)
+    return out
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Wait until no other process makes anything in a folder of a shared cache, and sweep away what killed ones left half done.
 
-    Raises StorageError where the folder cannot be written to.
+    Raises StorageError where the folder cannot be written to, as in a container that is only to read what `distill prepare` has made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as exc:
-        raise storage_error(exc, folder) from exc
+        raise StorageError(
+            f"what is missing in {folder} cannot be made here ({exc.strerror}); run `distill prepare` with the same recipe first, where "
+            "this cache may be written"
+        ) from exc
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         for leftover in folder.glob(".*.tmp"):

@@ -9,15 +9,14 @@ random:tiny-t5                   a T5 of a few hundred thousand random weights, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from shared.artifacts import alone_in, sha256_bytes
+from shared.artifacts import make_once, sha256_bytes
 from shared.commands import uninterrupted
-from shared.errors import EngineError, StorageError
+from shared.errors import EngineError
 from shared.settings import cache_dir
 
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -46,7 +45,8 @@ def serving_folder(reference: str, quantization: str) -> Path:
     """The model as a serving folder (CTranslate2, tokenizer.json, serving.json), converted into the cache at first use.
 
     Once it is there, neither torch nor transformers is loaded. A local folder that has changed is converted anew.
-    Raises EngineError for a model that cannot be converted, and where the libraries for it are not installed.
+    Raises EngineError for a model that cannot be converted, and where the libraries for it are not installed; StorageError where it would
+    have to be made and the cache can only be read.
     """
     if (Path(reference) / "serving.json").exists():
         return Path(reference)
@@ -56,15 +56,15 @@ def serving_folder(reference: str, quantization: str) -> Path:
     with _makeable(reference):
         key = sha256_bytes(repr((model, stamp, quantization, metadata.version("ctranslate2"))).encode())[:12]
         out = cache_dir() / "serving" / f"{reference.replace('/', '--').replace(':', '-')}-{quantization}-{key}"
-        if not (out / "serving.json").exists():
-            with uninterrupted():
-                from shared.engines.convert import convert
+        return make_once(out, "serving.json", lambda out: _convert(model, out, reference, quantization))
 
-            with alone_in(out.parent):
-                if not (out / "serving.json").exists():
-                    print(f"converting {reference} to CTranslate2 {quantization}, once, into {out}", flush=True)
-                    convert(model, out, name=reference, quantization=quantization)
-    return out
+
+def _convert(model: str, out: Path, reference: str, quantization: str) -> None:
+    with uninterrupted():
+        from shared.engines.convert import convert
+
+    print(f"converting {reference} to CTranslate2 {quantization}, once, into {out}", flush=True)
+    convert(model, out, name=reference, quantization=quantization)
 
 
 def offline_model(reference: str) -> str:
@@ -95,12 +95,10 @@ def offline_model(reference: str) -> str:
 
 @contextmanager
 def _makeable(reference: str) -> Iterator[None]:
-    """Raises EngineError where models are not made: images that only serve or ask have none of the libraries, and a cache to read from."""
+    """Raises EngineError in place of an ImportError: images that only serve or ask have none of the libraries that make models."""
     try:
         yield
-    except (ImportError, StorageError) as exc:
-        if isinstance(exc, StorageError) and os.access(cache_dir(), os.W_OK):
-            raise  # a full disk
+    except ImportError as exc:
         raise EngineError(
             f"{reference} is not in {cache_dir()} yet and cannot be made here ({exc}); "
             "run `distill prepare` with the same recipe and cache first, where torch is installed"

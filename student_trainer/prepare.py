@@ -30,16 +30,15 @@ def main(argv: list[str]) -> int:
 
     recipe, before = run.recipe, _made(run)
     read_secret(recipe.teacher.api_key, recipe.teacher.api_key_file, "teacher.api_key")  # the harvest needs it; better told now
-    if run.manifest(STAGE) is None:
-        load(recipe.dataset, cache_dir())  # what is wrong with the data comes to light before minutes go into models
+    # what is wrong with the data comes to light before minutes go into models
+    dataset = load(recipe.dataset, cache_dir()) if run.manifest(STAGE) is None else None
     student = recipe.student.model
     print(f"prepare: student {student}: to be trained {offline_model(student)}", flush=True)
     print(f"prepare: student {student}: to be asked {serving_folder(student, recipe.export.quantization)}", flush=True)
     if recipe.teacher.launch and recipe.teacher.launch.engine == "local":
         teacher = recipe.teacher.launch.model
         print(f"prepare: teacher {teacher}: to be asked {serving_folder(teacher, DEFAULT_QUANTIZATION)}", flush=True)
-    # last: until a run has rows, its recipe may be mended, a misspelt model's name for one; asked again, since another may have come first
-    prepare(open_run(arguments))
+    prepare(run, dataset)  # last: until a run has rows, its recipe may be mended, a misspelt model's name for one
     print(f"prepare: the rows are in {run.path / STAGE}", flush=True)
     if _made(run) == before:
         print("prepare: complete, nothing to do")

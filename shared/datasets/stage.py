@@ -19,18 +19,21 @@ STAGE = "dataset"
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
-def prepare(run: Run) -> dict[Split, list[Example]]:
+def prepare(run: Run, dataset: Dataset | None = None) -> dict[Split, list[Example]]:
     """The rows of a run by split; the first call writes RUN/dataset/ and prints one line, later ones read it and print nothing.
 
-    Two processes may call it at once: one writes, the other waits and reads. Raises SettingsError, DataError, StorageError.
+    `dataset`: the recipe's, where it is loaded already. Two processes may call it at once: one writes, the other waits and reads.
+    Raises RunMismatch, SettingsError, DataError, StorageError.
     """
+    stage = None
     if run.manifest(STAGE) is None:
         # loaded before the stage is opened: it is locked while open, and two stages may begin together
-        dataset = load(run.recipe.dataset, cache_dir())
+        dataset = dataset or load(run.recipe.dataset, cache_dir())
         stage = _open(run)
-        if stage is not None and not stage.complete:
-            _write(stage, dataset)
-            print(describe(dataset), flush=True)
+    Run.open(run.path, run.recipe)  # until a run has rows, another recipe may have taken it over
+    if stage is not None and dataset is not None and not stage.complete:
+        _write(stage, dataset)
+        print(describe(dataset), flush=True)
     return {split: read_jsonl(run.path / STAGE / f"{split}.jsonl", Example) for split in SPLITS}
 
 

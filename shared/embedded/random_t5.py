@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from shared.artifacts import alone_in, new_directory, write_json
+from shared.artifacts import make_once, new_directory, write_json
 from shared.commands import uninterrupted
 from shared.errors import SettingsError
 
@@ -22,9 +22,10 @@ def random_model(name: str, cache: Path) -> Path:
     """The Hugging Face folder of a random model, built in `cache` at first use (a second). Raises SettingsError for an unknown name."""
     if name != NAME:
         raise SettingsError(f"random:{name}: no such random model; there is random:{NAME}")
-    out = cache / "huggingface" / f"random-{NAME}-{REVISION}"
-    if (out / "origin.json").exists():
-        return out
+    return make_once(cache / "huggingface" / f"random-{NAME}-{REVISION}", "origin.json", _build)
+
+
+def _build(out: Path) -> None:
     with uninterrupted():
         import torch
         from transformers import T5Config, T5ForConditionalGeneration
@@ -47,13 +48,10 @@ def random_model(name: str, cache: Path) -> Path:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    with alone_in(out.parent):
-        if not (out / "origin.json").exists():
-            with new_directory(out) as folder:
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-                write_json(folder / "origin.json", {"model": "random weights, seed 0", "license": "Apache-2.0"})
-    return out
+    with new_directory(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "origin.json", {"model": "random weights, seed 0", "license": "Apache-2.0"})
 
 
 def _tokenizer() -> Any:

@@ -10,7 +10,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from shared.artifacts import alone_in, new_directory, sha256_file, write_json
+from shared.artifacts import make_once, new_directory, sha256_file, write_json
 from shared.commands import uninterrupted
 from shared.errors import SettingsError
 
@@ -28,8 +28,12 @@ def embedded_model(name: str, cache: Path) -> Path:
     """
     if name not in (STOCK, QUESTIONS):
         raise SettingsError(f"embedded:{name}: no such embedded model; there are embedded:{STOCK} and embedded:{QUESTIONS}")
-    stock = _stock(cache)
-    return stock if name == STOCK else _with_adapter(stock, cache)
+    stock = make_once(cache / "huggingface" / f"{STOCK}-{VERSION}", "origin.json", _unpack)
+    if name == STOCK:
+        return stock
+    digest = sha256_file(adapter_folder() / "adapter_model.safetensors")
+    merged = cache / "huggingface" / f"{QUESTIONS}-{VERSION}-{digest[:12]}"
+    return make_once(merged, "origin.json", lambda out: _merge(stock, digest, out))
 
 
 def adapter_folder() -> Path:
@@ -37,10 +41,7 @@ def adapter_folder() -> Path:
     return Path(str(resources.files("shared.embedded") / "adapter"))
 
 
-def _stock(cache: Path) -> Path:
-    out = cache / "huggingface" / f"{STOCK}-{VERSION}"
-    if (out / "origin.json").exists():
-        return out
+def _unpack(out: Path) -> None:
     gguf = _gguf_file()
     with uninterrupted():
         import torch
@@ -59,15 +60,9 @@ def _stock(cache: Path) -> Path:
         tokenizer,
         {"model": ORIGIN, "license": "Apache-2.0", "package": f"{PACKAGE}=={VERSION}", "gguf_sha256": sha256_file(gguf)},
     )
-    return out
 
 
-def _with_adapter(stock: Path, cache: Path) -> Path:
-    adapter = adapter_folder()
-    digest = sha256_file(adapter / "adapter_model.safetensors")
-    out = cache / "huggingface" / f"{QUESTIONS}-{VERSION}-{digest[:12]}"
-    if (out / "origin.json").exists():
-        return out
+def _merge(stock: Path, digest: str, out: Path) -> None:
     with uninterrupted():
         import torch
         from peft import PeftModel
@@ -77,19 +72,17 @@ def _with_adapter(stock: Path, cache: Path) -> Path:
     logging.disable_progress_bar()
     print(f"merging the question adapter into {ORIGIN}, once, into {out}", flush=True)
     # merged in float32: the product of two small matrices would drown in bfloat16's eight bits
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stock, dtype=torch.float32), adapter).merge_and_unload()
+    base = AutoModelForCausalLM.from_pretrained(stock, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter_folder()).merge_and_unload()
     origin = json.loads((stock / "origin.json").read_text()) | {"adapter_sha256": digest}
     _save(out, model, AutoTokenizer.from_pretrained(stock), origin)
-    return out
 
 
 def _save(out: Path, model: Any, tokenizer: Any, origin: dict[str, str]) -> None:
-    with alone_in(out.parent):
-        if not (out / "origin.json").exists():
-            with new_directory(out) as folder:
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-                write_json(folder / "origin.json", origin)
+    with new_directory(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "origin.json", origin)
 
 
 def _gguf_file() -> Path:

@@ -87,6 +87,15 @@ def test_what_is_prepared_is_told_is_made_once_and_serves_light_images(tmp_path:
     assert (tmp_path / "run" / "responses" / "student-r0" / "manifest.json").exists()
 
 
+def test_where_nothing_can_be_made_what_is_missing_is_told_with_who_makes_it(tmp_path: Path) -> None:
+    shared = ["--recipe", str(RECIPE), "--out", str(tmp_path / "run")]
+    (tmp_path / "cache").touch()  # nothing can be made in it, whoever runs this test
+    missing = run("sample", *shared, DISTILL_CACHE=str(tmp_path / "cache"))
+    assert missing.returncode == 10
+    assert "run `distill prepare` with the same recipe first" in missing.stderr
+    assert "--out" not in missing.stderr
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of a model hub as its client asks for."""
 
@@ -164,7 +173,9 @@ def test_a_download_that_was_cut_short_is_completed(tmp_path: Path, hub: tuple[s
     (weights,) = (tmp_path / "cache" / "hub").glob("**/snapshots/*/model.safetensors")
     weights.resolve().unlink()
     weights.unlink()
-    assert run(*arguments, **cache).returncode == 0
+    again = run(*arguments, **cache)
+    assert again.returncode == 0
+    assert "nothing to do" not in again.stdout
     assert weights.exists()
     assert served["model.safetensors"] == 2
 

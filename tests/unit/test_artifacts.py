@@ -18,7 +18,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from shared.artifacts import Run, alone_in, canonical, new_directory, read_jsonl, sha256_bytes, sha256_file, write_atomic, write_jsonl
+from shared.artifacts import (
+    Run,
+    alone_in,
+    canonical,
+    make_once,
+    new_directory,
+    read_jsonl,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+    write_jsonl,
+)
 from shared.contracts import Prediction
 from shared.errors import DataError, RunMismatch, StageOrder, StorageError
 from shared.settings import HarvestSettings, Recipe, TeacherSettings, TrainSettings
@@ -191,6 +202,36 @@ def test_makers_in_one_cache_wait_for_each_other_and_sweep_what_killed_ones_left
     assert order == ["first", "other"]
 
 
+MAKE_ONCE = """
+import sys, time
+from pathlib import Path
+from shared.artifacts import make_once, new_directory
+def make(out):
+    print("made", flush=True)
+    time.sleep(0.3)
+    with new_directory(out) as folder:
+        (folder / "last").touch()
+assert (make_once(Path(sys.argv[1]), "last", make) / "last").exists()
+"""
+
+
+def test_of_several_that_need_the_same_thing_of_a_cache_one_makes_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MAKE_ONCE, str(tmp_path / "cache" / "model")]
+    makers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert sorted(maker.communicate()[0] for maker in makers) == ["", "", "made\n"]
+    assert [maker.returncode for maker in makers] == [0, 0, 0]
+
+
+def test_what_a_cache_holds_needs_no_lock_and_what_is_missing_where_nothing_can_be_made_names_who_makes_it(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "last").touch()
+    make_once(tmp_path / "model", "last", lambda out: pytest.fail("made again"))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(StorageError, match=r"cannot be made here \(.*\); run `distill prepare` with the same recipe first") as caught:
+        make_once(tmp_path / "model" / "last" / "other", "last", lambda out: pytest.fail("made without a place for it"))
+    assert "--out" not in str(caught.value)
+
+
 def test_a_run_killed_while_it_was_begun_can_be_begun_again(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".run.json.a-host.123.tmp").write_text('{"reci')
@@ -262,8 +303,6 @@ def test_a_stage_is_no_longer_complete_when_what_it_read_was_made_anew_otherwise
 
 OPEN_A_STAGE = """
 import sys
-import threading
-import time
 from pathlib import Path
 from shared.artifacts import Run
 from shared.errors import StorageError

@@ -109,6 +109,28 @@ sys.exit(cli.main(["harvest", "--out", "my run", "--set", "harvest.stop=[a]"]))
     assert done.stderr.endswith("\n  distill harvest --out 'my run' --set 'harvest.stop=[a]'\n")
 
 
+ENDS_LATE = """
+import os, sys, types
+from shared import cli
+class Late:
+    def __del__(self, write=os.write):  # as of libraries, while CPython takes itself down and signals kill it
+        write(1, b"late")
+def harvest(argv):
+    sys.late = Late()
+    print("done")
+    return 3
+sys.modules["a_command"] = types.SimpleNamespace(main=harvest)
+cli.COMMANDS["harvest"] = ("a_command", "")
+sys.argv = ["distill", "harvest"]
+cli.entry()
+"""
+
+
+def test_a_command_that_is_done_ends_at_once_with_its_code_and_loses_no_line() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS_LATE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "done\n")
+
+
 def test_a_stage_needs_a_recipe_and_a_run_directory(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         stage_parser("train", "text").parse_args([])

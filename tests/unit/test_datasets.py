@@ -22,7 +22,7 @@ from shared.datasets import Dataset, load, normalise
 from shared.datasets.meqsum import load_meqsum
 from shared.datasets.rows import Row, Source, clean, make_splits
 from shared.datasets.stage import prepare, shots
-from shared.errors import DataError, SettingsError
+from shared.errors import DataError, RunMismatch, SettingsError
 from shared.settings import DatasetSettings, Recipe, TeacherSettings
 
 CACHE = Path("/nonexistent/cache")
@@ -375,6 +375,14 @@ def test_the_stage_writes_once_and_tells_once(tmp_path: Path, capsys: pytest.Cap
     assert manifest is not None
     assert manifest.counts["source"]["location"] == str(path)
     assert [o.path for o in manifest.outputs] == ["dataset/train.jsonl", "dataset/validation.jsonl", "dataset/test.jsonl"]
+
+
+def test_rows_are_neither_written_nor_read_under_the_recipe_of_another_who_took_the_empty_run_over(tmp_path: Path) -> None:
+    first = run_at(tmp_path / "run", name="sample", limit=30)
+    second = run_at(tmp_path / "run", name="sample", limit=200)
+    assert len(prepare(first)["train"]) == 30
+    with pytest.raises(RunMismatch, match=r"dataset\.limit: the run has 30, you ask for 200"):
+        prepare(second)
 
 
 def test_of_two_processes_at_once_one_writes_and_both_read_the_same(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import SettingsError
+from shared.errors import SettingsError, StorageError
 from student_trainer.fetch import main
 
 
@@ -33,3 +33,16 @@ def test_a_link_where_a_folder_stands_is_refused_and_the_folder_stays(tmp_path: 
         main([str(tmp_path / "one"), "--link", str(tmp_path / "engine")])
     assert (tmp_path / "engine").is_dir()
     assert not (tmp_path / "engine").is_symlink()
+
+
+def test_a_link_that_cannot_be_written_is_a_matter_of_storage(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    with pytest.raises(StorageError, match="/proc/engine"):
+        main([str(tmp_path / "one"), "--link", "/proc/engine"])
+
+
+def test_what_another_container_is_writing_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / ".engine.tmp").touch()
+    main([str(tmp_path / "one"), "--link", str(tmp_path / "engine")])
+    assert (tmp_path / ".engine.tmp").exists()

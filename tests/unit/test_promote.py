@@ -179,6 +179,16 @@ def test_an_evaluation_with_nothing_new_leaves_a_rollback_as_it_is(tmp_path, cap
     assert store.current(registry).version == first.version
 
 
+def test_a_student_that_was_never_promoted_is_although_another_one_was_rolled_back(tmp_path):
+    registry = tmp_path / "registry"
+    for name in "ab":
+        promote(evaluated_run(tmp_path / name, weights=name), registry)
+    run = evaluated_run(tmp_path / "c", weights="c")  # killed after its evaluation
+    store.rollback(registry)
+    assert evaluate_and_promote(run, "--registry", str(registry)) == 0
+    assert store.current(registry).run == str(run.path.resolve())
+
+
 def test_what_is_no_registry_is_refused_before_anything_is_scored(tmp_path, capsys):
     run = evaluated_run(tmp_path / "run")
     capsys.readouterr()

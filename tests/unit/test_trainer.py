@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import tiny_models
@@ -13,7 +14,7 @@ from shared.errors import TrainingError
 from shared.settings import TrainSettings
 from student_trainer.training.losses import score
 from student_trainer.training.student import adapt, freeze_lowest, load, native_bf16
-from student_trainer.training.trainer import LengthGrouped, OrpoTrainer, arguments, checkpoints
+from student_trainer.training.trainer import LengthGrouped, OrpoTrainer, arguments, checkpoints, remove_checkpoint
 
 
 def trainer(model, rows, folder, **settings):
@@ -216,3 +217,10 @@ def test_a_model_of_absolute_positions_and_a_missing_folder_are_refused(tmp_path
 
 def test_apple_processors_compute_in_float32():
     assert not native_bf16(torch.device("mps"))
+
+
+def test_a_checkpoint_goes_although_a_process_with_the_same_pid_in_another_container_was_killed_while_removing_it(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / f".checkpoint-1.{os.getpid()}.tmp" / "half").mkdir(parents=True)
+    remove_checkpoint(tmp_path / "checkpoint-1")
+    assert checkpoints(tmp_path) == []
