@@ -29,12 +29,14 @@ def main(argv: list[str]) -> int:
     run = open_run(arguments)
 
     from evaluator.stage import score_again
-    from shared.registry import stays_rolled_back
+    from shared.registry import current, stays_rolled_back
 
     stage = run.stage("evaluation", ["dataset", "model"])
     registry = arguments.registry or run.path / "registry"
-    # asked before the work is done: a folder that is no registry is refused now
-    stays = arguments.promote and stays_rolled_back(registry, run.path) and stage.complete
+    if arguments.promote:
+        current(registry)  # a folder that is no registry is refused before the work is done
+    # asked now: what is evaluated anew is promoted by its new scores
+    stays = arguments.promote and stage.complete and stays_rolled_back(registry, run.path)
     if arguments.score_only:
         score_again(stage)
     elif stage.complete:
