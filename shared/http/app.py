@@ -19,6 +19,9 @@ from shared.engines import Engine
 from shared.errors import DistillError, RequestRefused, TeacherRejected, TeacherUnavailable
 from shared.http.wire import ChatBody, ChatCompletion, CompletionBody, TextCompletion, chat_completion, text_completion
 
+READY_S = 5.0
+"""Seconds in which /readyz answers: a name that is looked up in vain may take minutes, and whoever asks waits for less."""
+
 log = logging.getLogger(__name__)
 
 
@@ -83,12 +86,14 @@ def create_app(
     async def readyz() -> JSONResponse:
         """A request would be answered now."""
         try:
-            await engine.check()
+            async with asyncio.timeout(READY_S):
+                await engine.check()
         except NotReady as exc:
             return JSONResponse({"status": "not ready", "reason": str(exc)}, 503)
-        except DistillError as exc:
-            log.warning("not ready: %s", exc)
-            reason = "the model does not answer" if isinstance(exc, TeacherUnavailable) else "the model refuses to answer"
+        except (DistillError, TimeoutError) as exc:
+            log.warning("not ready: %s", str(exc) or f"no answer within {READY_S:g} s")
+            silent = isinstance(exc, (TeacherUnavailable, TimeoutError))
+            reason = "the model does not answer" if silent else "the model refuses to answer"
             return JSONResponse({"status": "not ready", "reason": reason}, 503)
         return JSONResponse({"status": "ready"})
 

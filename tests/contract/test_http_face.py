@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -241,6 +242,18 @@ def test_a_server_lives_without_its_engine_but_is_not_ready() -> None:
     assert not_ready.json()["reason"] == "the model does not answer"
     assert "engine-7" not in not_ready.text
     assert get("/readyz").status_code == 200
+
+
+def test_readiness_is_told_in_time_also_when_the_engine_does_not_say_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(Engine):
+        async def check(self) -> None:
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr("shared.http.app.READY_S", 0.05)
+    began = time.monotonic()
+    not_ready = get("/readyz", Silent())
+    assert (not_ready.status_code, not_ready.json()["reason"]) == (503, "the model does not answer")
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
