@@ -241,7 +241,7 @@ def test_down_with_volumes_leaves_nothing(built: dict[str, float]) -> None:
         assert docker(*what, "--filter", f"label=com.docker.compose.project={project.name}") == ""
 
 
-def test_metrics_of_servers_and_runs_are_told_on_a_network_of_their_own(served: Project) -> None:
+def test_metrics_of_servers_and_runs_are_told_on_the_network_for_monitoring_and_not_on_the_host(served: Project) -> None:
     served.up("teacher", "student")
     done = served.compose("--profile", "monitoring", "up", "-d", "--no-build", "--no-deps", "monitor")
     assert done.returncode == 0, done.stdout

@@ -103,7 +103,7 @@ def test_the_engine_ends_within_10_s_of_a_signal_and_the_gateway_then_says_that_
     assert httpx.get(f"http://127.0.0.1:{project.teacher_port}/healthz", trust_env=False).status_code == 200
 
 
-def test_the_recipe_for_a_gpu_goes_the_same_way_but_for_the_image() -> None:
+def test_the_gateway_before_a_gpu_is_the_one_that_is_tested_here() -> None:
     gpu, cpu = ((ROOT / f"docker/teacher/{name}.yaml").read_text() for name in ("gpu", "cpu-vllm"))
 
     def gateway(text: str) -> str:
