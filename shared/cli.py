@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": ("student_trainer.prepare", "fetch the rows and make the models a run needs, so that nothing later does"),
     "fetch": ("student_trainer.fetch", "download or build a model for an engine that has no network"),
     "teacher": ("teacher_service.main", "serve a black-box teacher over HTTP: text in, text out"),
+    "keygen": ("shared.http.keygen", "make an API key for those who may ask the teacher"),
     "harvest": ("student_trainer.harvest.run", "ask the teacher for its answers, each kept in a ledger"),
     "sample": ("student_trainer.sample", "let the undistilled student answer the same prompts"),
     "triplets": ("student_trainer.triplets.run", "rank the answers into (prompt, chosen, rejected)"),

@@ -8,6 +8,9 @@ DistillError                     1
   RunMismatch                    6   another recipe or another version owns this directory, or it is something else
   TeacherError                   7
     TeacherUnavailable           7   worth retrying: refused, reset, timed out, 5xx, 429
+      TeacherBusy                7   it says so itself: 429, or a full queue
+      TeacherLate                7   no answer in time
+      TeacherFailed              7   it answered that it failed, or broke off
     TeacherRejected              7   retrying cannot help: wrong URL or key, not an OpenAI-compatible answer
       RequestRefused             7   this one request was refused: a failed row
   HarvestTooThin                 8   too few usable answers
@@ -66,12 +69,31 @@ class TeacherUnavailable(TeacherError):
         self.retry_after_s = retry_after_s
 
 
+class TeacherBusy(TeacherUnavailable):
+    """The teacher works, and takes no more requests just now."""
+
+
+class TeacherLate(TeacherUnavailable):
+    """The teacher took longer than it was given."""
+
+
+class TeacherFailed(TeacherUnavailable):
+    """The teacher was reached, and failed: HTTP 500, or an answer that broke off."""
+
+
 class TeacherRejected(TeacherError):
     """The teacher answered and refused, or answered something else than its API promises: retrying cannot help."""
 
 
 class RequestRefused(TeacherRejected):
-    """The teacher refused this one request (400, 413, 422): a failed row, not a failed harvest."""
+    """The teacher refused this one request (400, 413, 422): a failed row, not a failed harvest.
+
+    `too_long`: because its prompt and answer do not fit the model.
+    """
+
+    def __init__(self, message: str, *, too_long: bool = False) -> None:
+        super().__init__(message)
+        self.too_long = too_long
 
 
 class HarvestTooThin(DistillError):

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -77,12 +78,14 @@ def main(argv: list[str]) -> int:
     if left or asks:
         _stage("prepare", shared)
     prepared = time.monotonic() - begun
-    with _teacher(run, teacher) if teacher else nullcontext() as url:
+    key = secrets.token_urlsafe(32)  # the launched teacher answers this run alone
+    with _teacher(run, teacher, key) if teacher else nullcontext() as url:
         for command in STAGES:
-            extra = ["--teacher-url", url] if url and command in ASKS_TEACHER else []
+            asking = url if command in ASKS_TEACHER else None
+            extra = ["--teacher-url", asking] if asking else []
             if arguments.retry_failed and command == "harvest":
                 extra.append("--retry-failed")
-            _stage(command, shared + extra)
+            _stage(command, shared + extra, {"DISTILL_TEACHER__API_KEY": key} if asking else {})
     _print_times(run, time.monotonic() - begun, prepared)
     if "evaluation" in left or not stays_rolled_back(out / "registry", out):
         _stage("promote", shared)
@@ -117,9 +120,9 @@ def _yaml_scalar(value: Any) -> str:
     return json.dumps(value)  # every JSON value is a YAML value
 
 
-def _stage(command: str, options: list[str]) -> None:
-    """Run one stage as a child. Raises StageFailed with the child's own exit code."""
-    code = _run_child(command, options)
+def _stage(command: str, options: list[str], variables: Mapping[str, str] | None = None) -> None:
+    """Run one stage as a child, with more environment `variables`. Raises StageFailed with the child's own exit code."""
+    code = _run_child(command, options, variables or {})
     if code == INTERRUPTED or code == -signal.SIGINT:
         raise KeyboardInterrupt
     if code != 0:
@@ -135,11 +138,11 @@ class StageFailed(DistillError):
         self.exit_code = code if code > 0 else 128 - code
 
 
-def _run_child(command: str, options: list[str]) -> int:
+def _run_child(command: str, options: list[str], variables: Mapping[str, str]) -> int:
     """Run `distill COMMAND` to its end. Raises KeyboardInterrupt after a Ctrl-C, once the child has saved and stopped."""
     arguments = [sys.executable, "-m", "shared.cli", command, *options]
     # a child whose standard input closes ends: it never goes on without this process
-    child = subprocess.Popen(arguments, stdin=subprocess.PIPE, env={**_quiet(), PART_OF_A_RUN: "1"})
+    child = subprocess.Popen(arguments, stdin=subprocess.PIPE, env={**_quiet(), **variables, PART_OF_A_RUN: "1"})
     try:
         return child.wait()
     except KeyboardInterrupt:
@@ -162,18 +165,23 @@ def _become(command: str, options: list[str]) -> NoReturn:
 
 
 @contextmanager
-def _teacher(run: Run, launch: LaunchSettings) -> Iterator[str]:
-    """The recipe's own teacher as a process on a free port of the loopback; its base URL. Ends with the block, or with this process."""
+def _teacher(run: Run, launch: LaunchSettings, key: str) -> Iterator[str]:
+    """The recipe's own teacher as a process on a free port of the loopback, for who has `key`; its base URL.
+
+    Ends with the block, or with this process.
+    """
     port = _free_port()
     command = [sys.executable, "-m", "shared.cli", "teacher", "--engine", launch.engine, "--port", str(port)]
-    command += ["--public-name", run.recipe.teacher.public_name, "--until-stdin-closes"]
+    command += ["--public-name", run.recipe.teacher.public_name, "--until-stdin-closes", "--log-level", "warning"]
     if launch.engine == "local":
         command += ["--model-ref", launch.model]
     log = run.path / "teacher.log"
     print(f"teacher: {launch.engine} {launch.model if launch.engine == 'local' else ''} starting; its log is {log}", flush=True)
     with log.open("ab") as output:
         # in a process group of its own: a Ctrl-C must end the stage that asks it, not the one who answers
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=_quiet(), start_new_session=True)
+        variables = {**_quiet(), "TEACHER_API_KEYS": f"run={key}"}
+        variables.pop("TEACHER_API_KEYS_FILE", None)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=variables, start_new_session=True)
         try:
             _wait_until_ready(process, f"http://127.0.0.1:{port}", log)
             yield f"http://127.0.0.1:{port}/v1"

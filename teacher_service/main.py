@@ -4,42 +4,78 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from shared.errors import SettingsError
 
-EPILOG = "Every option can be given as a variable: --upstream-url is TEACHER_UPSTREAM_URL; a key as TEACHER_UPSTREAM_KEY or in a file."
+EPILOG = (
+    "Every option can be given as a variable: --upstream-url is TEACHER_UPSTREAM_URL. Keys: TEACHER_API_KEYS=NAME=KEY,... for who may ask, "
+    "TEACHER_UPSTREAM_KEY for the engine, or in files."
+)
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="distill teacher", description=__doc__, epilog=EPILOG, argument_default=argparse.SUPPRESS)
     parser.add_argument("--recipe", type=Path, metavar="YAML", help="serve the teacher that this recipe launches")
-    parser.add_argument("--engine", help="upstream (an OpenAI-compatible URL), local (a model in this process; default) or scripted")
-    parser.add_argument("--upstream-url", metavar="URL", help="base URL with its /v1")
-    parser.add_argument("--upstream-model", metavar="NAME", help="the model's name there")
-    parser.add_argument("--upstream-key-file", metavar="FILE", help="a file that holds its API key")
-    parser.add_argument("--model-ref", metavar="MODEL", help="local: default embedded:smollm2-135m-questions")
-    parser.add_argument("--quantization", help="local: int8 (default), float16 or float32")
-    parser.add_argument("--delay-s", metavar="S", help="scripted: seconds before every answer")
-    parser.add_argument("--public-name", metavar="NAME", help="the model name that requests give; default teacher")
-    parser.add_argument("--host", help="default 127.0.0.1: this machine alone")
-    parser.add_argument("--port", help="default 8000; 0 picks a free one")
-    parser.add_argument("--metrics-port", metavar="PORT", help="tell numbers for Prometheus there, on the same host; default: nowhere")
-    parser.add_argument("--until-stdin-closes", action="store_true", default=False, help="end with the process that started this one")
+    add = parser.add_argument_group("who answers").add_argument
+    add("--engine", help="upstream (OpenAI-compatible URLs), local (a model in this process; default) or scripted")
+    add("--upstream-url", metavar="URL", action="append", help="base URL with its /v1; several for several servers of one model")
+    add("--upstream-model", metavar="NAME", help="the model's name there")
+    add("--upstream-key-file", metavar="FILE", help="a file that holds the API key it wants")
+    add("--upstream-timeout-s", metavar="S", help="for one whole answer, or for the next piece of a streamed one; default 120")
+    add("--model-ref", metavar="MODEL", help="local: default embedded:smollm2-135m-questions")
+    add("--quantization", help="local: int8 (default), float16 or float32")
+    add("--delay-s", metavar="S", help="scripted: seconds before every answer")
+    add("--public-name", metavar="NAME", help="the model name that requests give; default teacher")
+    add("--usage", help="text (default): answers tell their characters and words; none: they do not")
+    add = parser.add_argument_group("who may ask, and how much").add_argument
+    add("--api-keys-file", metavar="FILE", help="names and hashes of API keys; `distill keygen NAME` makes one")
+    add("--no-auth", action="store_true", help="where no key is given, answer whoever reaches the port")
+    add("--requests-per-minute", metavar="N", help="of one key, in any 60 seconds; default: any number")
+    add("--characters-per-day", metavar="N", help="generated for one key, from midnight to midnight UTC; default: any number")
+    add("--concurrent-requests", metavar="N", help="of one key; default: any number")
+    add("--max-body-bytes", metavar="N", help="default 1048576")
+    add("--max-prompt-characters", metavar="N", help="default 100000")
+    add("--max-n", metavar="N", help="completions of one request; default 64")
+    add("--max-tokens", metavar="N", help="of one completion; default 4096")
+    add("--max-in-flight", metavar="N", help="requests at the engine, of each worker; default 1024")
+    add("--max-queue", metavar="N", help="requests that wait; more are answered 429 at once; default 1024")
+    add("--queue-s", metavar="S", help="longest wait; default 60")
+    add = parser.add_argument_group("where and how").add_argument
+    add("--host", help="default 127.0.0.1: this machine alone")
+    add("--port", help="default 8000; 0 picks a free one")
+    add("--workers", metavar="N", help="processes that answer, of an upstream gateway; limits hold for all together; default 1")
+    add("--metrics-port", metavar="PORT", help="tell numbers for Prometheus there, on the same host; default: nowhere")
+    add("--log-level", help="debug, info (default: a line for every request, without its texts), warning or error")
+    add("--drain-s", metavar="S", help="what requests in flight get to finish after a signal to stop; default 7")
+    add("--until-stdin-closes", action="store_true", default=False, help="end with the process that started this one")
     flags = vars(parser.parse_args(argv))
     until_stdin_closes = flags.pop("until_stdin_closes")
     if recipe := flags.pop("recipe", None):
         flags = launched_by(recipe, flags)
 
-    from shared.http.serve import serve
+    from shared.http.logs import configure
+    from shared.http.metrics import Meters, many_processes
     from shared.settings import load_settings
-    from teacher_service.app import teacher_app
     from teacher_service.settings import TeacherServiceSettings
 
     settings = load_settings(TeacherServiceSettings, flags=flags)
-    app = teacher_app(settings)
+    configure(settings.log_level)
+    if settings.workers > 1 and settings.metrics_port is not None:
+        many_processes()
+
+    from shared.http.limits import Counts
+    from shared.http.serve import serve
+    from teacher_service.app import keys_of, teacher_app
+
+    keys, meters = keys_of(settings), Meters()
+    counts = Counts(keys.keys, workers=settings.workers)
+    app = teacher_app(settings, keys=keys, counts=counts, meters=meters)
     name = f"teacher ({settings.engine})"
+    if not keys.required:
+        print(f"{name}: --no-auth: whoever reaches {settings.host} may ask, without a key", file=sys.stderr, flush=True)
     return serve(
         app,
         host=settings.host,
@@ -47,6 +83,10 @@ def main(argv: list[str]) -> int:
         name=name,
         until_stdin_closes=until_stdin_closes,
         metrics_port=settings.metrics_port,
+        registry=meters.registry,
+        drain_s=settings.drain_s,
+        workers=settings.workers,
+        counts=counts,
     )
 
 

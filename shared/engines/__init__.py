@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import AsyncGenerator
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from shared.contracts import Completion, GenerationRequest
+from shared.contracts import Completion, FinishReason, GenerationRequest
 
 
 class Engine(Protocol):
@@ -21,3 +22,34 @@ class Engine(Protocol):
     async def aclose(self) -> None:
         """Let go of connections and memory."""
         ...
+
+
+class Piece(NamedTuple):
+    """Some more text of completion number `choice`; its last piece says why it ended."""
+
+    choice: int
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+@runtime_checkable
+class StreamingEngine(Engine, Protocol):
+    """An engine that gives text as it comes."""
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
+        """The pieces of `request.n` completions, each ended by a finish reason. Raises as `generate` does, before or between pieces."""
+        ...
+
+
+async def pieces(engine: Engine, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
+    """The answer in pieces: as they come from a `StreamingEngine`, else each completion whole. Raises as `Engine.generate` does."""
+    if isinstance(engine, StreamingEngine):
+        stream = engine.stream(request)
+        try:
+            async for piece in stream:
+                yield piece
+        finally:
+            await stream.aclose()
+    else:
+        for index, completion in enumerate(await engine.generate(request)):
+            yield Piece(index, completion.text, completion.finish_reason)

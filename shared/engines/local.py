@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from shared.contracts import Completion, GenerationRequest, Sampling, ServingConfig
 from shared.engines.encoding import PromptEncoder
-from shared.errors import EngineError, RequestRefused, TeacherUnavailable
+from shared.errors import EngineError, RequestRefused, TeacherBusy, TeacherUnavailable
 
 TOP_K = 50
 """Samples are drawn from the 50 likeliest tokens: without a bound CTranslate2 sorts the whole vocabulary at every step."""
@@ -254,7 +254,7 @@ class LocalEngine:
     """
 
     def __init__(self, model: LocalModel, *, max_batch: int = BATCH_ROWS, max_waiting: int = 512) -> None:
-        """`max_batch`: completions of one batch; `max_waiting`: requests in the queue, above it TeacherUnavailable."""
+        """`max_batch`: completions of one batch; `max_waiting`: requests in the queue, above it TeacherBusy."""
         self._model, self._max_batch, self._max_waiting = model, max_batch, max_waiting
         self._waiting: deque[tuple[_Prompt, asyncio.Future[list[Completion]]]] = deque()
         self._arrived = asyncio.Event()
@@ -262,11 +262,11 @@ class LocalEngine:
         self._closed = False
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
-        """`request.n` completions. Raises RequestRefused, TeacherUnavailable when the queue is full, EngineError."""
+        """`request.n` completions. Raises RequestRefused, TeacherBusy when the queue is full, EngineError."""
         await self.check()
         prompt = self._model.encode(request)
         if len(self._waiting) >= self._max_waiting:
-            raise TeacherUnavailable("too many requests are waiting; try again", retry_after_s=1.0)
+            raise TeacherBusy("too many requests are waiting; try again", retry_after_s=1.0)
         if not self._workers:
             self._workers = [asyncio.create_task(self._work()) for _ in range(self._model.workers)]
         answer: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()

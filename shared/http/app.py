@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute
+from starlette.types import Receive, Scope, Send
 
-from shared.engines import Engine
-from shared.errors import DistillError, RequestRefused, TeacherRejected, TeacherUnavailable
-from shared.http.wire import ChatBody, ChatCompletion, CompletionBody, TextCompletion, chat_completion, text_completion
+from shared.contracts import GenerationRequest
+from shared.engines import Engine, Piece, pieces
+from shared.errors import DistillError, RequestRefused, TeacherBusy, TeacherFailed, TeacherLate, TeacherRejected, TeacherUnavailable
+from shared.http.keys import Forbidden, Key, Keys, Unauthorised
+from shared.http.limits import Counts, Exhausted, QueueFull, Slots
+from shared.http.metrics import Meters
+from shared.http.schema import describe
+from shared.http.streaming import ClientLeft, Events, Words, while_connected
+from shared.http.wire import ChatBody, CompletionBody, chat_completion, new_id, text_completion, usage
 
 READY_S = 5.0
 """Seconds in which /readyz answers: a name that is looked up in vain may take minutes, and whoever asks waits for less."""
@@ -25,12 +37,305 @@ READY_S = 5.0
 log = logging.getLogger(__name__)
 
 
-class UnknownModel(RequestRefused):
-    """The request names a model that is not served here."""
+class Refused(DistillError):
+    """A request that is not what this API takes. `reason` is a label for metrics, one of few."""
+
+    def __init__(self, status: int, reason: str, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.reason, self.param, self.code = status, reason, param, code
 
 
 class NotReady(TeacherUnavailable):
     """No model is served yet. The message says what it waits for, and is meant for the caller."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one request may be, and how many at a time."""
+
+    max_body_bytes: int = 1 << 20
+    max_prompt_characters: int = 100_000
+    """Over all turns of a chat."""
+    max_n: int = 64
+    max_tokens: int = 4096
+    body_s: float = 30.0
+    """Seconds in which a body must have come."""
+    max_in_flight: int = 1024
+    """Requests at the engine; others wait."""
+    max_queue: int = 1024
+    """Requests that wait; others are refused."""
+    queue_s: float = 60.0
+    """Seconds that a request may wait."""
+
+
+@dataclass
+class _Told:
+    """What the log and the metrics tell of one request."""
+
+    began: float
+    route: str
+    id: str = field(default_factory=lambda: new_id("req"))
+    key: str | None = None
+    stream: bool = False
+    n: int = 0
+    prompt_characters: int = 0
+    completion_characters: int = 0
+    body_s: float = 0.0
+    queue_s: float = 0.0
+    engine_s: float = 0.0
+    reason: str | None = None
+    """Why it was refused or failed."""
+
+
+class Face:
+    """The way of a request from its bytes to the engine and of the answer back: key, limits, body, queue."""
+
+    def __init__(self, engine: Engine, *, model: str, keys: Keys, counts: Counts, bounds: Bounds, meters: Meters, with_usage: bool) -> None:
+        self._engine, self._model, self._keys, self._counts = engine, model, keys, counts
+        self._bounds, self._meters, self._with_usage = bounds, meters, with_usage
+        self._slots: Slots | None = None
+
+    def known(self, request: Request) -> Key:
+        """Whose request this is. Raises Unauthorised, Forbidden."""
+        return self._keys.known(request.headers.get("authorization"))
+
+    async def answer(self, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
+        """The response to one POST of such a body, errors included; tells the log and the metrics."""
+        told = _Told(time.perf_counter(), request.url.path)
+        try:
+            response = await self._answer(request, kind, told)
+        except ClientLeft:
+            told.reason = "client_left"
+            response = Response(status_code=499)  # reaches nobody
+        except asyncio.CancelledError:  # the server must end, and does this to what is still in flight
+            told.reason = "shutting_down"
+            response = problem(TeacherUnavailable("shutting down"))
+        except DistillError as exc:
+            told.reason = reason_of(exc)
+            response = problem(exc)
+        response.raw_headers.append((b"x-request-id", told.id.encode()))
+        if not isinstance(response, Events):
+            self._tell(told, response.status_code)
+        return response
+
+    async def _answer(self, request: Request, kind: type[ChatBody] | type[CompletionBody], told: _Told) -> Response:
+        key = self.known(request)
+        told.key = key.name
+        self._counts.ask(key)
+        raw = await read_body(request, limit=self._bounds.max_body_bytes, timeout_s=self._bounds.body_s)
+        told.body_s = time.perf_counter() - told.began
+        try:
+            body = kind.model_validate_json(raw)
+        except ValidationError as exc:
+            raise _wrong_body(exc.errors(include_url=False, include_context=False)[0]) from None
+        asked = self._asked(body, told)
+        async with while_connected(request.receive):
+            if not body.stream:
+                return await self._whole(key, asked, kind, told)
+            events = self._events(key, asked, kind, told)
+            first = await anext(events)
+        return Events(first, events, cut=CUT, ended=lambda: self._tell(told, 200))
+
+    def _asked(self, body: ChatBody | CompletionBody, told: _Told) -> GenerationRequest:
+        """What the engine is to be asked. Raises Refused for another model and for what is out of bounds."""
+        bounds = self._bounds
+        if body.model != self._model:
+            message = f"the model {body.model[:100]!r} does not exist here; the one served is {self._model!r}"
+            raise Refused(404, "model", message, param="model", code="model_not_found")
+        asked = body.request()
+        for name, value, most in (("n", asked.n, bounds.max_n), ("max_tokens", asked.sampling.max_tokens, bounds.max_tokens)):
+            if value > most:
+                raise Refused(422, "field", f"{name}: at most {most} here", param=name)
+        told.stream, told.n = bool(body.stream), asked.n
+        told.prompt_characters = len(asked.prompt) if asked.prompt is not None else sum(len(m.content) for m in asked.messages or ())
+        if told.prompt_characters > bounds.max_prompt_characters:
+            message = f"the prompt has {told.prompt_characters} characters; at most {bounds.max_prompt_characters} are taken here"
+            param = "prompt" if asked.messages is None else "messages"
+            raise Refused(400, "prompt_too_long", message, param=param, code="context_length_exceeded")
+        return asked
+
+    @contextmanager
+    def _held(self, key: Key, asked: GenerationRequest, told: _Told) -> Iterator[None]:
+        """What the key needs for this request is its own until the block ends. Raises Exhausted."""
+        lease = self._counts.hold(key, asked)
+        try:
+            yield
+        finally:
+            self._counts.settle(lease, told.completion_characters)
+
+    @asynccontextmanager
+    async def _slot(self, told: _Told) -> AsyncIterator[None]:
+        """A place at the engine for the block. Raises QueueFull."""
+        if self._slots is None:  # belongs to the event loop
+            b = self._bounds
+            self._slots = Slots(b.max_in_flight, b.max_queue, b.queue_s, tell=self._meters.queue.inc)
+        began = time.perf_counter()
+        async with self._slots.one():
+            told.queue_s = time.perf_counter() - began
+            yield
+
+    async def _whole(self, key: Key, asked: GenerationRequest, kind: type[ChatBody] | type[CompletionBody], told: _Told) -> Response:
+        with self._held(key, asked, told):
+            async with self._slot(told):
+                began = time.perf_counter()
+                try:
+                    completions = await self._engine.generate(asked)
+                finally:
+                    told.engine_s = time.perf_counter() - began
+            told.completion_characters = sum(len(c.text) for c in completions)
+        used = usage(asked, completions) if self._with_usage else None
+        answer = (chat_completion if kind is ChatBody else text_completion)(self._model, completions, used)
+        return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+
+    async def _events(
+        self, key: Key, asked: GenerationRequest, kind: type[ChatBody] | type[CompletionBody], told: _Told
+    ) -> AsyncGenerator[bytes, None]:
+        """The events of a streamed answer. Raises what the engine raises before the first of them; later that is an event, the last."""
+        chat = kind is ChatBody
+        head = {
+            "id": new_id("chatcmpl" if chat else "cmpl"),
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": self._model,
+        }
+        begun = False
+
+        def event(index: int, text: str, finish_reason: str | None = None, *, first: bool = False) -> bytes:
+            nonlocal begun
+            begun = True
+            said: dict[str, Any] = {"text": text}
+            if chat:
+                said = {"delta": {"role": "assistant", "content": ""} if first else {} if finish_reason else {"content": text}}
+            return _event(head | {"choices": [{"index": index, **said, "finish_reason": finish_reason}]})
+
+        words: dict[int, Words] = {}
+        try:
+            with self._held(key, asked, told):
+                async with self._slot(told):
+                    async for piece in self._timed(asked, told):
+                        told.completion_characters += len(piece.text)
+                        if piece.choice not in words:
+                            words[piece.choice] = Words()
+                            if chat:
+                                yield event(piece.choice, "", first=True)
+                        for text in words[piece.choice].add(piece.text):
+                            yield event(piece.choice, text)
+                        if piece.finish_reason:
+                            if rest := words[piece.choice].rest():
+                                yield event(piece.choice, rest)
+                            yield event(piece.choice, "", piece.finish_reason)
+            yield b"data: [DONE]\n\n"
+        except DistillError as exc:
+            if not begun:
+                raise
+            told.reason = reason_of(exc)
+            yield _event(_problem(exc))
+
+    async def _timed(self, asked: GenerationRequest, told: _Told) -> AsyncGenerator[Piece, None]:
+        """The engine's pieces; the time until each counts as the engine's."""
+        stream = pieces(self._engine, asked)
+        try:
+            while True:
+                began = time.perf_counter()
+                piece = await anext(stream, None)
+                told.engine_s += time.perf_counter() - began
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            await stream.aclose()
+
+    def _tell(self, told: _Told, status: int) -> None:
+        seconds = time.perf_counter() - told.began
+        own_s = seconds - told.body_s - told.queue_s - told.engine_s
+        meters = self._meters
+        if told.reason is not None:
+            meters.refused(told.reason)
+        if told.engine_s:  # it was asked
+            meters.engine_s.observe(told.engine_s)
+            meters.queue_s.observe(told.queue_s)
+            if not told.stream:  # else the caller's reading would count as ours
+                meters.own_s.observe(own_s)
+            meters.prompt.inc(told.prompt_characters)
+            meters.completion.inc(told.completion_characters)
+        if log.isEnabledFor(logging.INFO):
+            fields = {
+                "id": told.id,
+                "route": told.route,
+                "key": told.key,
+                "status": status,
+                "reason": told.reason,
+                "stream": told.stream,
+                "n": told.n,
+                "prompt_characters": told.prompt_characters,
+                "completion_characters": told.completion_characters,
+                "seconds": round(seconds, 4),
+                "engine_seconds": round(told.engine_s, 4),
+                "queue_seconds": round(told.queue_s, 4),
+            }
+            log.info("request", extra={"fields": fields})
+
+
+async def read_body(request: Request, *, limit: int, timeout_s: float) -> bytes:
+    """The bytes of a JSON body. Raises Refused for one that is of another kind, larger than `limit` bytes or slower than `timeout_s`."""
+    headers = request.headers
+    kind, _, parameters = headers.get("content-type", "").partition(";")
+    charset = parameters.strip().lower().removeprefix("charset=").strip('"')
+    if kind.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
+        raise Refused(415, "content_type", "send JSON in UTF-8, with the header content-type: application/json")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise Refused(415, "content_encoding", "send the body as it is: compressed ones are not taken")
+    too_large = Refused(413, "body_too_large", f"the body is larger than {limit} bytes, the most that is taken here")
+    if headers.get("content-length", "").isdigit() and int(headers["content-length"]) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft
+                body += message.get("body", b"")
+                if len(body) > limit:
+                    raise too_large
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        raise Refused(408, "body_too_slow", f"the body did not come within {timeout_s:g} s") from None
+
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class _App(FastAPI):
+    """An application that has a straight way to the routes that carry the load: the layers between cost as much as all else there."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._straight: dict[str, tuple[Endpoint, BaseRoute]] = {}
+
+    def straight(self, path: str) -> Callable[[Endpoint], Endpoint]:
+        """A decorator: POSTs of `path` are answered by this function, which raises nothing that it can foresee."""
+
+        def register(endpoint: Endpoint) -> Endpoint:
+            self.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+            self._straight[path] = endpoint, self.routes[-1]
+            return endpoint
+
+        return register
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = self._straight.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if found is None:
+            await super().__call__(scope, receive, send)
+            return
+        endpoint, scope["route"] = found
+        try:
+            response = await endpoint(Request(scope, receive))
+        except Exception:
+            log.exception("an error in this service")
+            response = error_answer(500, "an error in this service; its log tells which")
+        await response(scope, receive, send)
 
 
 def create_app(
@@ -38,16 +343,42 @@ def create_app(
     *,
     model: str,
     title: str,
+    keys: Keys | None = None,
+    counts: Counts | None = None,
+    bounds: Bounds | None = None,
+    meters: Meters | None = None,
+    with_usage: bool = True,
     listed: Callable[[], bool] = lambda: True,
     beside: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
 ) -> FastAPI:
     """An application over `engine`, which it closes when it ends; `model` is the public name, the only one it answers to.
 
-    `listed`: whether the model is among those served now. `beside` is entered before the first request and left after the last.
+    `keys`: who may ask (None: everybody), `counts`: what each key has used, shared by several such applications; `bounds`: what a
+    request may be; `with_usage`: tell characters and words of every answer. `listed`: whether the model is among those served now.
+    `beside` is entered before the first request and left after the last.
 
     Every error has the shape {"error": {"message", "type", "param", "code"}}. What an engine says about itself goes to the
     log, never to the caller; prompts and answers go to neither.
     """
+    keys, bounds = keys or Keys({}), bounds or Bounds()
+    face = Face(
+        engine,
+        model=model,
+        keys=keys,
+        counts=counts or Counts(keys.keys),
+        bounds=bounds,
+        meters=meters or Meters(),
+        with_usage=with_usage,
+    )
+    description = describe(
+        title=title,
+        model=model,
+        keys=keys.required,
+        max_n=bounds.max_n,
+        max_tokens=bounds.max_tokens,
+        max_prompt_characters=bounds.max_prompt_characters,
+        max_body_bytes=bounds.max_body_bytes,
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,27 +386,28 @@ def create_app(
             yield
         await engine.aclose()
 
-    # no schema and no docs pages: they would tell of routes and fields to come
-    app = FastAPI(title=title, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    # no pages of documentation: they load scripts from elsewhere
+    app = _App(title=title, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     started = int(time.time())
     add_error_handlers(app)
 
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatBody) -> ChatCompletion:
-        _known(body.model, model)
-        with cut_short():
-            return chat_completion(model, await engine.generate(body.request()))
+    @app.straight("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await face.answer(request, ChatBody)
 
-    @app.post("/v1/completions")
-    async def complete(body: CompletionBody) -> TextCompletion:
-        _known(body.model, model)
-        with cut_short():
-            return text_completion(model, await engine.generate(body.request()))
+    @app.straight("/v1/completions")
+    async def complete(request: Request) -> Response:
+        return await face.answer(request, CompletionBody)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
+        face.known(request)
         data = [{"id": model, "object": "model", "created": started, "owned_by": "blackbox-distill"}] if listed() else []
         return {"object": "list", "data": data}
+
+    @app.get("/openapi.json")
+    async def schema() -> JSONResponse:
+        return JSONResponse(description)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -109,9 +441,18 @@ def cut_short() -> Iterator[None]:
         raise TeacherUnavailable("shutting down") from None
 
 
-def _known(asked: str, model: str) -> None:
-    if asked != model:
-        raise UnknownModel(f"the model {asked!r} does not exist here; the one served is {model!r}")
+def _wrong_body(error: Any) -> Refused:
+    """What pydantic says of a body, in the API's words."""
+    if error["type"] == "json_invalid" or (not error["loc"] and error["type"] != "value_error"):
+        return Refused(400, "not_json", "the body is no JSON object; send one, as application/json")
+    # only where and what is wrong: the value itself may be a prompt
+    parts = [str(part) for part in error["loc"] if isinstance(part, int) or part.isidentifier()]  # without pydantic's names of types
+    name = ".".join(parts) or ".".join(map(repr, error["loc"]))[:100]
+    if error["type"] == "extra_forbidden":
+        return Refused(422, "field", f"{name}: unknown field; it is not supported here", param=name)
+    said = str(error["msg"]).removeprefix("Value error, ")
+    name = name or said.partition(":")[0] * (error["type"] == "value_error")
+    return Refused(422, "field", said if said.startswith(f"{name}: ") else f"{name or 'body'}: {said}", param=name or None)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -120,18 +461,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, exc: RequestValidationError) -> JSONResponse:
         error = exc.errors()[0]
-        if error["type"] == "json_invalid" or (len(error["loc"]) == 1 and error["type"] != "value_error"):
-            return error_answer(400, "the body is no JSON object; send one, as application/json")
-        # only where and what is wrong: the value itself may be a prompt
-        parts = [part for part in error["loc"][1:] if isinstance(part, int) or part.isidentifier()]  # without pydantic's names of types
-        field = ".".join(map(str, parts))
-        if error["type"] == "extra_forbidden":
-            message = f"{field}: unknown field; it is not supported here"
-        else:
-            said = error["msg"].removeprefix("Value error, ")
-            field = field or said.partition(":")[0] * (error["type"] == "value_error")
-            message = said if said.startswith(f"{field}: ") else f"{field or 'body'}: {said}"
-        return error_answer(422, message, param=field or None)
+        return problem(_wrong_body({**error, "loc": error["loc"][1:]}))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, exc: HTTPException) -> JSONResponse:
@@ -140,35 +470,107 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(DistillError)
     async def distill(request: Request, exc: DistillError) -> JSONResponse:
-        match exc:
-            case UnknownModel():
-                return error_answer(404, str(exc), param="model", code="model_not_found")
-            case RequestRefused():
-                return error_answer(400, str(exc))
-            case NotReady():
-                return error_answer(503, str(exc), headers=_retry_after(exc))
-            case TeacherUnavailable():
-                log.warning("unavailable: %s", exc)
-                return error_answer(503, "the model is not available now; try again", headers=_retry_after(exc))
-            case TeacherRejected():
-                log.error("rejected: %s", exc)
-                return error_answer(502, "the model behind this service refuses to answer; its operator must look")
-            case _:
-                log.error("%s: %s", type(exc).__name__, exc)
-                return error_answer(500, "the model failed to answer")
+        return problem(exc)
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, exc: Exception) -> JSONResponse:
         return error_answer(500, "an error in this service; its log tells which")
 
 
+def reason_of(exc: DistillError) -> str:
+    """Why a request got no answer, as a label of metrics."""
+    match exc:
+        case Refused():
+            return exc.reason
+        case Exhausted():
+            return exc.limit
+        case Unauthorised() | Forbidden() | QueueFull() | NotReady() | RequestRefused() | TeacherBusy() | TeacherLate() | TeacherFailed():
+            return REASONS[type(exc)]
+        case TeacherUnavailable():
+            return "engine_unavailable"
+        case TeacherRejected():
+            return "engine_refuses_all"
+    return "error"
+
+
+REASONS: dict[type[DistillError], str] = {
+    Unauthorised: "no_key",
+    Forbidden: "key_revoked",
+    QueueFull: "queue_full",
+    NotReady: "not_ready",
+    RequestRefused: "engine_refused",
+    TeacherBusy: "engine_busy",
+    TeacherLate: "engine_late",
+    TeacherFailed: "engine_failed",
+}
+
+
+def problem(exc: DistillError) -> JSONResponse:
+    """The response to an error. What an engine says of itself is logged, not told."""
+    match exc:
+        case Refused():
+            # the connection of a body that was not read to its end cannot be used again
+            unread = {"connection": "close"} if exc.status in (408, 413, 415) else None
+            return error_answer(exc.status, str(exc), param=exc.param, code=exc.code, headers=unread)
+        case Unauthorised():
+            return error_answer(401, str(exc), code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        case Forbidden():
+            return error_answer(403, str(exc))
+        case Exhausted():
+            code = "insufficient_quota" if exc.limit == "characters_per_day" else "rate_limit_exceeded"
+            return error_answer(429, str(exc), code=code, headers=_retry_after(exc))
+        case QueueFull():
+            return error_answer(429, str(exc), code="rate_limit_exceeded", headers=_retry_after(exc))
+        case RequestRefused():
+            return error_answer(400, str(exc), code="context_length_exceeded" if exc.too_long else None)
+        case NotReady():
+            return error_answer(503, str(exc), headers=_retry_after(exc))
+        case TeacherBusy():
+            log.warning("busy: %s", exc)
+            return error_answer(
+                429, "the model takes no more requests now; try again", code="rate_limit_exceeded", headers=_retry_after(exc)
+            )
+        case TeacherLate():
+            log.warning("late: %s", exc)
+            return error_answer(504, "the model did not answer in time")
+        case TeacherFailed():
+            log.warning("failed: %s", exc)
+            return error_answer(502, "the model failed to answer; try again")
+        case TeacherUnavailable():
+            log.warning("unavailable: %s", exc)
+            return error_answer(503, "the model is not available now; try again", headers=_retry_after(exc))
+        case TeacherRejected():
+            log.error("rejected: %s", exc)
+            return error_answer(502, "the model behind this service refuses to answer; its operator must look")
+        case _:
+            log.error("%s: %s", type(exc).__name__, exc)
+            return error_answer(500, "the model failed to answer")
+
+
+def _problem(exc: DistillError) -> Any:
+    """The body of the response to an error."""
+    return json.loads(bytes(problem(exc).body))
+
+
+def _event(content: Any) -> bytes:
+    text = bytes(to_json(content))
+    return b"data: " + text + b"\n\n"
+
+
+CUT = _event({"error": {"message": "this service is shutting down; try again", "type": "server_error", "param": None, "code": None}})
+"""The last event of a stream that a server cuts because it must end."""
+
+
 def _retry_after(exc: TeacherUnavailable) -> dict[str, str]:
-    return {} if exc.retry_after_s is None else {"retry-after": str(math.ceil(exc.retry_after_s))}
+    return {} if exc.retry_after_s is None else {"retry-after": str(max(1, math.ceil(exc.retry_after_s)))}
+
+
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def error_answer(
     status: int, message: str, *, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
 ) -> JSONResponse:
     """An error as the OpenAI API words it."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, headers)

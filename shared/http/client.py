@@ -50,15 +50,15 @@ class HttpEngine:
 
         Raises SettingsError for what is no http(s) URL and for a key that no header can hold.
         """
-        self._base = _base_url(base_url)
+        self._base = parsed_url(base_url)
         self._model, self._protocol, self._api_key = model, protocol, api_key
         self._timeout_s, self._max_attempts, self._sleep = timeout_s, max_attempts, sleep
         # the aiohttp transport: plain httpx slows down with many connections (encode/httpx issue 3215)
         self._client = HttpxAiohttpClient(
             transport=transport,
             timeout=None,  # an attempt is bounded as a whole, below
-            trust_env=not _is_loopback(self._base.host),
-            headers=_headers(api_key),
+            trust_env=not is_loopback(self._base.host),
+            headers=headers_with(api_key),
             limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
         )
 
@@ -137,7 +137,7 @@ class HttpEngine:
             raise TeacherUnavailable(f"{url}: {str(exc) or type(exc).__name__}") from exc
         status, said = response.status_code, self._quote(response.text)
         if status in (408, 429) or status >= 500:
-            raise TeacherUnavailable(f"{url}: HTTP {status}: {said}", retry_after_s=_retry_after_s(response.headers.get("retry-after")))
+            raise TeacherUnavailable(f"{url}: HTTP {status}: {said}", retry_after_s=retry_after(response.headers.get("retry-after")))
         if status in (400, 413, 422):
             raise RequestRefused(f"{url}: HTTP {status}: {said}")
         if status != 200:
@@ -187,7 +187,7 @@ class HttpEngine:
         return "is this an OpenAI-compatible server?"
 
 
-def _headers(api_key: str | None) -> dict[str, str]:
+def headers_with(api_key: str | None) -> dict[str, str]:
     headers = {"user-agent": "blackbox-distill"}
     if api_key is not None:
         if not api_key.isascii() or not api_key.isprintable():
@@ -196,7 +196,7 @@ def _headers(api_key: str | None) -> dict[str, str]:
     return headers
 
 
-def _base_url(text: str) -> httpx.URL:
+def parsed_url(text: str) -> httpx.URL:
     try:
         url = httpx.URL(text.rstrip("/"))
     except httpx.InvalidURL as exc:
@@ -208,14 +208,14 @@ def _base_url(text: str) -> httpx.URL:
     return url
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _retry_after_s(header: str | None) -> float | None:
+def retry_after(header: str | None) -> float | None:
     """Seconds to wait, from a Retry-After of seconds or of a date; None if there is none that makes sense."""
     if header is None:
         return None

@@ -5,26 +5,23 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared.contracts import Completion, FinishReason, GenerationRequest, Message, Sampling
 
 StopText = Annotated[str, Field(min_length=1)]
+CHAT_TOKENS = 256
+"""Most tokens of a chat's answer whose length the caller does not bound."""
+COMPLETION_TOKENS = 16
+"""The same of a plain prompt's, as in the OpenAI API."""
 
 
 class Body(BaseModel):
-    """Base of all request bodies: an unknown field is refused by name, and so is a value of another type."""
+    """Base of all request bodies: an unknown field is refused by name, and so is a value of another type. Null is absent."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {name: value for name, value in values.items() if value is not None or name not in cls.model_fields}
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Turn(Body):
@@ -36,32 +33,37 @@ class GenerationBody(Body):
     """What both kinds of request share. Defaults are those of the OpenAI API."""
 
     model: str
-    max_tokens: int | None = Field(None, ge=1, le=4096)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    n: int = Field(1, ge=1, le=64)
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] = []
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    max_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Default 1."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Default 1."""
+    n: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Default 1."""
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     user: str | None = None
     """Accepted, since clients send it, and not used."""
-    stream: bool = False
+    stream: bool | None = None
+    """Default false."""
 
-    @model_validator(mode="after")
-    def _not_streamed(self) -> GenerationBody:
-        if self.stream:
-            raise ValueError("stream: answers are not streamed; leave it out or set it to false")
-        return self
-
-    def _sampling(self, max_tokens: int) -> Sampling:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        return Sampling(max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p, stop=stop, seed=self.seed)
+    def _request(self, max_tokens: int, *, messages: tuple[Message, ...] | None = None, prompt: str | None = None) -> GenerationRequest:
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        sampling = Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=self.top_p or 1.0,
+            stop=stop,
+            seed=self.seed,
+        )
+        return GenerationRequest(messages=messages, prompt=prompt, n=self.n or 1, sampling=sampling)
 
 
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: list[Turn] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=4096)
+    max_completion_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
     """The newer name of max_tokens."""
 
     @model_validator(mode="after")
@@ -71,9 +73,9 @@ class ChatBody(GenerationBody):
         return self
 
     def request(self) -> GenerationRequest:
-        """The request as an engine takes it; at most 256 tokens unless another bound is given."""
+        """The request as an engine takes it; at most CHAT_TOKENS tokens unless another bound is given."""
         messages = tuple(Message(role=turn.role, content=turn.content) for turn in self.messages)
-        return GenerationRequest(messages=messages, n=self.n, sampling=self._sampling(self.max_tokens or self.max_completion_tokens or 256))
+        return self._request(self.max_tokens or self.max_completion_tokens or CHAT_TOKENS, messages=messages)
 
 
 class CompletionBody(GenerationBody):
@@ -82,14 +84,24 @@ class CompletionBody(GenerationBody):
     prompt: str
 
     def request(self) -> GenerationRequest:
-        """The request as an engine takes it; at most 16 tokens, as in the OpenAI API, unless another bound is given."""
-        return GenerationRequest(prompt=self.prompt, n=self.n, sampling=self._sampling(self.max_tokens or 16))
+        """The request as an engine takes it; at most COMPLETION_TOKENS tokens unless another bound is given."""
+        return self._request(self.max_tokens or COMPLETION_TOKENS, prompt=self.prompt)
 
 
 class Answer(BaseModel):
     """Base of all answers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Usage(Answer):
+    """What was read and written, as anybody can count it in the texts: an engine's tokens stay its own affair."""
+
+    prompt_characters: int
+    prompt_words: int
+    completion_characters: int
+    """Of all choices together."""
+    completion_words: int
 
 
 class ChatTurn(Answer):
@@ -101,14 +113,12 @@ class ChatChoice(Answer):
     index: int
     message: ChatTurn
     finish_reason: FinishReason
-    logprobs: None = None
 
 
 class TextChoice(Answer):
     index: int
     text: str
     finish_reason: FinishReason
-    logprobs: None = None
 
 
 class ChatCompletion(Answer):
@@ -118,6 +128,7 @@ class ChatCompletion(Answer):
     """Unix time, s."""
     model: str
     choices: list[ChatChoice]
+    usage: Usage | None = None
 
 
 class TextCompletion(Answer):
@@ -127,15 +138,86 @@ class TextCompletion(Answer):
     """Unix time, s."""
     model: str
     choices: list[TextChoice]
+    usage: Usage | None = None
 
 
-def chat_completion(model: str, completions: Sequence[Completion]) -> ChatCompletion:
-    """A new object with nothing in it but the public name, the texts and why they ended."""
+class ChatDelta(Answer):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Answer):
+    index: int
+    delta: ChatDelta
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(Answer):
+    """One event of a streamed chat."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    """Unix time, s."""
+    model: str
+    choices: list[ChatChunkChoice]
+
+
+class TextChunkChoice(Answer):
+    index: int
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+class TextChunk(Answer):
+    """One event of a streamed completion."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    """Unix time, s."""
+    model: str
+    choices: list[TextChunkChoice]
+
+
+class Problem(Answer):
+    message: str
+    """What is wrong and what to do about it."""
+    type: Literal["invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"]
+    param: str | None
+    """The field that is wrong."""
+    code: str | None
+
+
+class ErrorAnswer(Answer):
+    """Every answer that is no success."""
+
+    error: Problem
+
+
+def usage(request: GenerationRequest, completions: Sequence[Completion]) -> Usage:
+    """Characters and words of the prompt (of all its turns) and of all completions."""
+    prompt = [m.content for m in request.messages or ()] if request.prompt is None else [request.prompt]
+    texts = [c.text for c in completions]
+    return Usage(
+        prompt_characters=sum(map(len, prompt)),
+        prompt_words=sum(len(text.split()) for text in prompt),
+        completion_characters=sum(map(len, texts)),
+        completion_words=sum(len(text.split()) for text in texts),
+    )
+
+
+def chat_completion(model: str, completions: Sequence[Completion], usage: Usage | None) -> ChatCompletion:
+    """A new object with nothing in it but the public name, the texts, why they ended, and what anybody can count in them."""
     choices = [ChatChoice(index=i, message=ChatTurn(content=c.text), finish_reason=c.finish_reason) for i, c in enumerate(completions)]
-    return ChatCompletion(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=model, choices=choices)
+    return ChatCompletion(id=new_id("chatcmpl"), created=int(time.time()), model=model, choices=choices, usage=usage)
 
 
-def text_completion(model: str, completions: Sequence[Completion]) -> TextCompletion:
-    """A new object with nothing in it but the public name, the texts and why they ended."""
+def text_completion(model: str, completions: Sequence[Completion], usage: Usage | None) -> TextCompletion:
+    """A new object with nothing in it but the public name, the texts, why they ended, and what anybody can count in them."""
     choices = [TextChoice(index=i, text=c.text, finish_reason=c.finish_reason) for i, c in enumerate(completions)]
-    return TextCompletion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=model, choices=choices)
+    return TextCompletion(id=new_id("cmpl"), created=int(time.time()), model=model, choices=choices, usage=usage)
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{uuid.uuid4().hex}"

@@ -64,17 +64,18 @@ def url_of(line: str) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_service_tells_where_it_listens_answers_and_ends_with_0_when_told_to(start: Start, number: signal.Signals) -> None:
-    process, line = start("teacher", "--engine", "scripted", "--port", "0")
+    process, line = start("teacher", "--no-auth", "--engine", "scripted", "--port", "0")
     assert line.startswith("teacher (scripted): listening on http://127.0.0.1:")
     base = url_of(line).removesuffix("/v1")
     assert httpx.get(f"{base}/readyz", trust_env=False).status_code == 200
     process.send_signal(number)
-    assert process.communicate(timeout=20) == ("", "")
-    assert process.returncode == 0
+    said, complained = process.communicate(timeout=20)
+    assert (said, process.returncode) == ("", 0)
+    assert complained == "teacher (scripted): --no-auth: whoever reaches 127.0.0.1 may ask, without a key\n"
 
 
 def test_a_request_in_flight_is_finished_before_a_service_ends(start: Start) -> None:
-    process, line = start("teacher", "--engine", "scripted", "--port", "0", TEACHER_DELAY_S="1.5")
+    process, line = start("teacher", "--no-auth", "--engine", "scripted", "--port", "0", TEACHER_DELAY_S="1.5")
     body = {"model": "teacher", "prompt": "Is migraine hereditary?"}
 
     async def ask_and_stop() -> httpx.Response:
@@ -89,7 +90,7 @@ def test_a_request_in_flight_is_finished_before_a_service_ends(start: Start) -> 
 
 
 def test_a_request_that_takes_longer_does_not_keep_a_service_from_ending_before_a_container_engine_kills_it(start: Start) -> None:
-    process, line = start("teacher", "--engine", "scripted", "--port", "0", TEACHER_DELAY_S="60")
+    process, line = start("teacher", "--no-auth", "--engine", "scripted", "--port", "0", TEACHER_DELAY_S="60")
     body = {"model": "teacher", "prompt": "Is migraine hereditary?"}
 
     async def ask_and_stop() -> tuple[httpx.Response, float]:
@@ -152,7 +153,7 @@ def test_work_that_cannot_be_interrupted_does_not_keep_a_service_from_ending(wha
 
 
 def test_a_service_can_end_with_the_process_that_started_it(start: Start) -> None:
-    process, _ = start("teacher", "--engine", "scripted", "--port", "0", "--until-stdin-closes")
+    process, _ = start("teacher", "--no-auth", "--engine", "scripted", "--port", "0", "--until-stdin-closes")
     assert process.poll() is None
     process.communicate(timeout=20)  # closes its standard input
     assert process.returncode == 0
@@ -161,7 +162,7 @@ def test_a_service_can_end_with_the_process_that_started_it(start: Start) -> Non
 def test_a_taken_port_is_named_with_the_remedy(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-        process, line = start("teacher", "--engine", "scripted", "--port", port)
+        process, line = start("teacher", "--no-auth", "--engine", "scripted", "--port", port)
         _, said = process.communicate(timeout=20)
     assert line == ""
     assert process.returncode == 2

@@ -28,7 +28,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(cache: Path) -> Iterator[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "shared.cli", "teacher", "--engine", "local", "--port", "0"],
+        [sys.executable, "-m", "shared.cli", "teacher", "--no-auth", "--engine", "local", "--port", "0"],
         env={**os.environ, "DISTILL_CACHE": str(cache)},
         stdout=subprocess.PIPE,
         text=True,

@@ -122,7 +122,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_harvest_ends_and_keeps_its_answers(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
-    teacher = start(*distill("teacher", "--recipe", str(RECIPE), "--port", "0"), TEACHER_DELAY_S="0.1")
+    teacher = start(*distill("teacher", "--no-auth", "--recipe", str(RECIPE), "--port", "0"), TEACHER_DELAY_S="0.1")
     assert teacher.stdout is not None
     url = teacher.stdout.readline().split()[-1]
     ledger = tmp_path / "run" / "responses" / "teacher" / "responses.jsonl"

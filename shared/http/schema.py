@@ -1,0 +1,160 @@
+"""What the text-only API is, in OpenAPI's words: what may be asked, within which limits, and every way an answer can look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from shared.http.wire import ChatBody, ChatChunk, ChatCompletion, CompletionBody, ErrorAnswer, TextChunk, TextCompletion
+
+REFUSALS = {
+    400: "No JSON object, a prompt that the model cannot take, or one over the limit of characters, which is named.",
+    401: "No API key, or one that is not known.",
+    403: "An API key that may not be used any more.",
+    404: "Nothing is at this path, or no model of this name is served.",
+    405: "The path does not know this method; `allow` tells which it knows.",
+    408: "The body did not come in time.",
+    413: "The body is too large; the limit is named.",
+    415: "The body is no JSON in UTF-8, or it is compressed.",
+    422: "A field that is unknown, missing or out of its bounds: `param` names it.",
+    429: "Too many requests or characters for this key, or too many requests at all; `retry-after` tells when to come back.",
+    500: "An error in this service.",
+    502: "The model behind this service failed.",
+    503: "The model does not answer now.",
+    504: "The model did not answer in time.",
+}
+WITH_RETRY_AFTER = (429, 503)
+
+
+def describe(
+    *, title: str, model: str, keys: bool, max_n: int, max_tokens: int, max_prompt_characters: int, max_body_bytes: int
+) -> dict[str, Any]:
+    """The OpenAPI document of a server that answers to the name `model`, with its limits. `keys`: whether it asks for them."""
+    bodies, answers = (ChatBody, CompletionBody), (ChatCompletion, ChatChunk, TextCompletion, TextChunk, ErrorAnswer)
+    _, definitions = models_json_schema(
+        [*((b, "validation") for b in bodies), *((a, "serialization") for a in answers)], ref_template="#/components/schemas/{model}"
+    )
+    schemas = definitions["$defs"]
+    for body in bodies:
+        fields = schemas[body.__name__]["properties"]
+        fields["model"]["enum"] = [model]
+        for name, most in (("n", max_n), ("max_tokens", max_tokens), ("max_completion_tokens", max_tokens)):
+            if name in fields:
+                fields[name]["anyOf"][0]["maximum"] = most
+        if "prompt" in fields:
+            fields["prompt"]["maxLength"] = max_prompt_characters
+    schemas["Turn"]["properties"]["content"]["maxLength"] = max_prompt_characters
+    # either name of the bound; null is as good as absent
+    both = {"properties": {name: {"type": "integer"} for name in ("max_tokens", "max_completion_tokens")}}
+    schemas["ChatBody"]["not"] = both | {"required": ["max_tokens", "max_completion_tokens"]}
+
+    def generation(what: str, body: type, answer: type, chunk: type) -> dict[str, Any]:
+        headers = {"x-request-id": {"description": "Names this request in the server's log.", "schema": {"type": "string"}}}
+        return {
+            "summary": what,
+            "description": f"At most {max_body_bytes} bytes of body and {max_prompt_characters} characters of prompt, over all turns.",
+            "operationId": answer.__name__,
+            "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(body)}}},
+            "responses": {
+                "200": {
+                    "description": "The answer; with `stream`, server-sent events: chunks, then `data: [DONE]` or one error.",
+                    "headers": headers,
+                    "content": {
+                        "application/json": {"schema": _reference(answer)},
+                        "text/event-stream": {"schema": {"type": "string"}, "x-event": _reference(chunk)},
+                    },
+                },
+                **_errors(400, *((401, 403) if keys else ()), 404, 405, 408, 413, 415, 422, 429, 500, 502, 503, 504, headers=headers),
+            },
+            **({"security": [{"key": []}]} if keys else {}),
+        }
+
+    listing = {
+        "type": "object",
+        "required": ["object", "data"],
+        "properties": {
+            "object": {"const": "list"},
+            "data": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["id", "object", "created", "owned_by"],
+                    "properties": {
+                        "id": {"const": model},
+                        "object": {"const": "model"},
+                        "created": {"type": "integer"},
+                        "owned_by": {"type": "string"},
+                    },
+                    "additionalProperties": False,
+                },
+            },
+        },
+        "additionalProperties": False,
+    }
+    state = {
+        "type": "object",
+        "required": ["status"],
+        "properties": {"status": {"type": "string"}, "reason": {"type": "string"}},
+        "additionalProperties": False,
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": title,
+            "version": "1",
+            "description": "Text in, text out: the OpenAI-compatible API of a black box. No log-probabilities, token ids or token counts; "
+            "a field that is not named here is refused.",
+        },
+        "paths": {
+            "/v1/chat/completions": {"post": generation("Answer a chat.", ChatBody, ChatCompletion, ChatChunk)},
+            "/v1/completions": {"post": generation("Complete a plain prompt.", CompletionBody, TextCompletion, TextChunk)},
+            "/v1/models": {
+                "get": {
+                    "summary": "The one model.",
+                    "operationId": "models",
+                    "responses": {
+                        "200": _json("The model, or nothing while none is served.", listing),
+                        **_errors(*((401, 403) if keys else ()), 405),
+                    },
+                    **({"security": [{"key": []}]} if keys else {}),
+                }
+            },
+            "/healthz": {
+                "get": {
+                    "summary": "The process lives.",
+                    "operationId": "healthz",
+                    "responses": {"200": _json("It does.", state), **_errors(405)},
+                }
+            },
+            "/readyz": {
+                "get": {
+                    "summary": "A request would be answered now.",
+                    "operationId": "readyz",
+                    "responses": {"200": _json("It would.", state), "503": _json("It would not.", state), **_errors(405)},
+                }
+            },
+        },
+        "components": {
+            "schemas": schemas,
+            **({"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if keys else {}),
+        },
+    }
+
+
+def _errors(*statuses: int, headers: dict[str, Any] | None = None) -> dict[str, Any]:
+    found = {}
+    for status in statuses:
+        found[str(status)] = _json(REFUSALS[status], _reference(ErrorAnswer))
+        more = {"retry-after": {"description": "Seconds.", "schema": {"type": "integer"}}} if status in WITH_RETRY_AFTER else {}
+        if headers or more:
+            found[str(status)]["headers"] = {**(headers or {}), **more}
+    return found
+
+
+def _json(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _reference(model: type) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
