@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from composed import Project, docker, environment, ready, recipe
+from composed import ROOT, Project, docker, environment, ready, recipe
 
 QUESTION = "My mother is 80 and keeps falling at night. She takes a water pill. Could the pill be the reason?"
 ASK = """
@@ -118,7 +119,7 @@ def test_files_belong_to_the_user_of_the_containers(served: Project) -> None:
 def test_another_teacher_is_asked_by_its_url_alone_and_old_answers_are_not_taken_for_its_own(served: Project) -> None:
     other = f"{served.name}-other"
     light = "blackbox-distill/light:0.1.0"
-    command = ["teacher", "--engine", "scripted", "--public-name", "other", "--host", "0.0.0.0"]
+    command = ["teacher", "--no-auth", "--engine", "scripted", "--public-name", "other", "--host", "0.0.0.0"]
     docker("run", "-d", "--rm", "--init", "--name", other, "--network", f"{served.name}_api", light, *command)
     try:
         swap = {"TEACHER_URL": f"http://{other}:8000/v1", "TEACHER_MODEL": "other"}
@@ -147,6 +148,23 @@ def test_the_key_of_a_teacher_comes_from_a_file_and_shows_nowhere_else(project: 
     assert seen.split()[-2:] == ["not-a-real-key", "0"]
     assert "No such file" in project.compose(*run, "trainer", "-c", "cat /run/secrets/teacher_key", **variables).stdout
     assert "not-a-real-key" not in project.compose("config", **variables).stdout
+
+
+def test_a_teacher_with_a_keys_file_answers_the_jobs_by_their_key_and_nobody_without_one(project: Project, tmp_path: Path) -> None:
+    keys, key = tmp_path / "keys.yaml", tmp_path / "key"
+    made = subprocess.run([sys.executable, "-m", "shared.cli", "keygen", "jobs"], capture_output=True, text=True, check=True, cwd=ROOT)
+    keys.write_text(made.stdout)
+    key.write_text(made.stderr.strip().rpartition(" ")[2] + "\n")
+    for file in (keys, key):
+        file.chmod(0o644)
+    variables = {"TEACHER_API_KEYS_FILE": str(keys), "TEACHER_KEY_FILE": str(key), "TEACHER_REQUESTS_PER_MINUTE": "1000"}
+    assert project.up("harvester", **variables).returncode == 0
+    assert project.finish("harvester") == 0, project.logs("harvester")
+    asked = httpx.get(f"http://127.0.0.1:{project.teacher_port}/v1/models", trust_env=False)
+    assert asked.status_code == 401
+    log = project.logs("teacher")
+    assert '"key": "jobs"' in log
+    assert key.read_text().strip() not in log
 
 
 def test_a_key_that_the_containers_cannot_read_is_told_before_any_work(project: Project, tmp_path: Path) -> None:

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from shared.errors import SettingsError
-from teacher_service.main import launched_by
+from shared.http.keys import digest
+from shared.settings import load_settings
+from teacher_service.app import keys_of
+from teacher_service.main import launched_by, main
+from teacher_service.settings import TeacherServiceSettings
+
+KEY = "alice-key-0123456789-abcdef"
 
 
 def recipe(folder: Path, teacher: str) -> Path:
@@ -43,3 +49,46 @@ def test_a_recipe_whose_teacher_is_at_a_url_launches_none(tmp_path: Path, monkey
     monkeypatch.setenv("DISTILL_TEACHER__URL", "http://elsewhere/v1")
     with pytest.raises(SettingsError, match="teacher is at http://elsewhere/v1: there is nothing to launch"):
         launched_by(file, {})
+
+
+def settings(**flags: object) -> TeacherServiceSettings:
+    return load_settings(TeacherServiceSettings, flags={"engine": "scripted", **flags})
+
+
+def test_who_may_ask_must_be_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TEACHER_API_KEYS", raising=False)
+    with pytest.raises(SettingsError, match=r"distill keygen NAME.*--no-auth"):
+        keys_of(settings())
+    (tmp_path / "keys").write_text("")
+    with pytest.raises(SettingsError, match="--no-auth"):  # an empty file is no word of it either
+        keys_of(settings(api_keys_file=str(tmp_path / "keys")))
+    assert not keys_of(settings(no_auth=True)).required
+
+
+def test_keys_come_from_a_variable_and_a_file_together_and_are_asked_for_also_where_no_auth_was_typed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(f"bob: {{sha256: {digest('bob-key-9876543210-ghijkl').hex()}, requests_per_minute: 9}}\n")
+    monkeypatch.setenv("TEACHER_API_KEYS", f"alice={KEY}")
+    keys = keys_of(settings(api_keys_file=str(file), no_auth=True, requests_per_minute=5))
+    assert keys.required
+    assert {key.name: key.limits.requests_per_minute for key in keys.keys} == {"bob": 9, "alice": 5}
+    monkeypatch.setenv("TEACHER_API_KEYS", f"bob={KEY}")
+    with pytest.raises(SettingsError, match="bob stands in the keys file as well"):
+        keys_of(settings(api_keys_file=str(file)))
+
+
+def test_a_weak_key_ends_the_command_before_anything_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_API_KEYS", "alice=sk-1234")
+    with pytest.raises(SettingsError, match="alice: too weak"):
+        main(["--engine", "scripted", "--port", "0"])
+
+
+def test_several_servers_are_several_flags_or_one_variable_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_UPSTREAM_URL", "http://a/v1, http://b/v1")
+    assert settings(engine="upstream", upstream_model="m").upstream_url == ("http://a/v1", "http://b/v1")
+    assert settings(engine="upstream", upstream_model="m", upstream_url=["http://c/v1"]).upstream_url == ("http://c/v1",)
+    monkeypatch.delenv("TEACHER_UPSTREAM_URL")
+    with pytest.raises(SettingsError, match="upstream_url"):
+        settings(engine="upstream", upstream_model="m")
