@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from itertools import count
 from typing import Any, Literal
@@ -29,6 +30,8 @@ CONNECT_S = 5.0
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)  # whole answers are bounded elsewhere
 PROBE_S = 2.0
 """Seconds between two questions to a server that was set aside, and for each of their answers."""
+KEPT_S = 0.5
+"""Seconds for which what a check has found holds: anybody may ask for it, without a key."""
 MOST_BYTES = 64 << 20
 """Of one answer: more is not read."""
 CHARACTERS_A_TOKEN = 3
@@ -120,6 +123,8 @@ class UpstreamEngine:
         self.servers = [Server(url, api_key=api_key) for url in urls]
         self._model, self._timeout_s = model, timeout_s
         self._turn = count()
+        self._checking, self._checked_until = asyncio.Lock(), 0.0
+        self._amiss: BaseException | None = None
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """`request.n` completions; a server that ignores n gives fewer. Raises as `Engine.generate` does."""
@@ -167,9 +172,13 @@ class UpstreamEngine:
 
     async def check(self) -> None:
         """Return if one of the servers lists its models. Raises TeacherUnavailable, TeacherRejected."""
-        results = await asyncio.gather(*(server.check(2 * PROBE_S) for server in self.servers), return_exceptions=True)
-        if not any(result is None for result in results):
-            raise next(result for result in results if isinstance(result, BaseException))
+        async with self._checking:
+            if time.monotonic() >= self._checked_until:
+                results = await asyncio.gather(*(server.check(2 * PROBE_S) for server in self.servers), return_exceptions=True)
+                self._amiss = None if None in results else next(result for result in results if isinstance(result, BaseException))
+                self._checked_until = time.monotonic() + KEPT_S
+            if self._amiss is not None:
+                raise self._amiss
 
     async def aclose(self) -> None:
         for server in self.servers:

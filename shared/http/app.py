@@ -101,7 +101,7 @@ class Face:
 
     async def answer(self, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
         """The response to one POST of such a body, errors included; tells the log and the metrics."""
-        told = _Told(time.perf_counter(), request.url.path)
+        told = _Told(time.perf_counter(), request.scope["path"])
         try:
             response = await self._answer(request, kind, told)
         except ClientLeft:
@@ -122,8 +122,9 @@ class Face:
         key = self.known(request)
         told.key = key.name
         self._counts.ask(key)
+        asked_for = time.perf_counter()
         raw = await read_body(request, limit=self._bounds.max_body_bytes, timeout_s=self._bounds.body_s)
-        told.body_s = time.perf_counter() - told.began
+        told.body_s = time.perf_counter() - asked_for
         try:
             body = kind.model_validate_json(raw)
         except ValidationError as exc:

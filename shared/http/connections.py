@@ -13,6 +13,8 @@ HEADERS_S = 10.0
 """Seconds in which a request's headers must have come, from the connection or from its first byte on."""
 HEADER_BYTES = 64 << 10
 """Most bytes of a request's line and headers."""
+MOST_PIPELINED = 16
+"""Requests that may wait on one connection for the answers to those before them."""
 SPARE_FILES = 256
 """Open files that are not callers' connections."""
 
@@ -46,6 +48,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop_clock()
         super().on_headers_complete()
+        if len(self.pipeline) > MOST_PIPELINED:
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()

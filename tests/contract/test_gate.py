@@ -355,15 +355,15 @@ def test_metrics_tell_the_engines_time_from_ours_and_count_refusals_by_reason() 
 
     async def steps(client: httpx.AsyncClient) -> None:
         engine.gate.clear()
-        asyncio.get_running_loop().call_later(0.2, engine.gate.set)
+        asyncio.get_running_loop().call_later(1, engine.gate.set)
         await client.post(PLAIN, json=BODIES[PLAIN], headers=HEAD)
         await client.post(PLAIN, json=BODIES[PLAIN] | {"echo": True}, headers=HEAD)
         await client.post(PLAIN, json=BODIES[PLAIN])
         await client.post(PLAIN, json=BODIES[PLAIN] | {"stream": True}, headers=HEAD)
 
     through(steps, engine, meters=meters, **KEYS)
-    assert 0.2 <= (value("distill_engine_duration_seconds_sum") or 0) < 5
-    assert (value("distill_overhead_seconds_sum") or 1) < 0.2
+    assert (value("distill_engine_duration_seconds_sum") or 0) >= 1
+    assert (value("distill_overhead_seconds_sum") or 1) < 1
     assert value("distill_engine_duration_seconds_count") == 2
     assert value("distill_refusals_total", {"reason": "field"}) == 1
     assert value("distill_refusals_total", {"reason": "no_key"}) == 1

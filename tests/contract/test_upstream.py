@@ -40,6 +40,7 @@ class Fake:
 
     def __init__(self, handler: Handler) -> None:
         self.handler, self.bodies, self.headers, self.port, self.listed = handler, [], [], 0, {"data": [{"id": "m"}]}
+        self.listings = 0
         self._runner: web.AppRunner | None = None
 
     @property
@@ -67,6 +68,7 @@ class Fake:
         return await self.handler(request)
 
     async def _models(self, request: web.Request) -> web.Response:
+        self.listings += 1
         return web.json_response(self.listed)
 
 
@@ -110,6 +112,11 @@ async def engine_over(*fakes: Fake, timeout_s: float = 10.0) -> AsyncIterator[Up
         await engine.aclose()
         for fake in fakes:
             await fake.shut()
+
+
+@pytest.fixture(autouse=True)
+def _checked_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "KEPT_S", 0)
 
 
 def run(work: Callable[[], Awaitable[Any]]) -> Any:
@@ -515,4 +522,15 @@ def test_a_cookie_of_one_answer_is_not_sent_with_the_next_request() -> None:
             await engine.generate(PLAIN)
             assert "Cookie" not in fake.headers[1]
 
+    run(ask)
+
+
+def test_who_asks_often_whether_it_is_ready_does_not_ask_the_servers_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        fake = Fake(answers())
+        async with engine_over(fake) as engine:
+            await asyncio.gather(*(engine.check() for _ in range(50)))
+            assert fake.listings == 1
+
+    monkeypatch.setattr(upstream, "KEPT_S", 60)
     run(ask)
