@@ -27,9 +27,10 @@ from shared.http.client import headers_with, is_loopback, parsed_url, retry_afte
 
 CONNECT_S = 5.0
 """Seconds in which a server must take the connection."""
-TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)  # whole answers are bounded elsewhere
 PROBE_S = 2.0
 """Seconds between two questions to a server that was set aside, and for each of their answers."""
+END_S = 0.5
+"""Seconds in which the end of a stream must follow its last event."""
 KEPT_S = 0.5
 """Seconds for which what a check has found holds: anybody may ask for it, without a key."""
 MOST_BYTES = 64 << 20
@@ -44,10 +45,6 @@ _TOO_LONG = re.compile(
 _FINISH: dict[Any, FinishReason] = {"stop": "stop", "length": "length"}
 
 log = logging.getLogger(__name__)
-
-
-class _Broken(Exception):
-    """The connection failed before an answer began."""
 
 
 class Server:
@@ -122,6 +119,11 @@ class UpstreamEngine:
         """
         self.servers = [Server(url, api_key=api_key) for url in urls]
         self._model, self._timeout_s = model, timeout_s
+        # a whole answer is bounded as one, a streamed one piece by piece
+        self._patience = {
+            stream: aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=timeout_s if stream else None)
+            for stream in (False, True)
+        }
         self._turn = count()
         self._checking, self._checked_until = asyncio.Lock(), 0.0
         self._amiss: BaseException | None = None
@@ -129,23 +131,34 @@ class UpstreamEngine:
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """`request.n` completions; a server that ignores n gives fewer. Raises as `Engine.generate` does."""
         try:
-            async with asyncio.timeout(self._timeout_s), self._asked(request, stream=False) as (server, response):
-                raw = await _read(response, str(server.base))
+            async with asyncio.timeout(self._timeout_s):
+                server, response = await self._ask(request, stream=False)
+                try:
+                    raw = await _read(response, str(server.base))
+                finally:
+                    _leave(server, response)
         except TimeoutError:
             raise TeacherLate(f"no answer within {self._timeout_s:g} s") from None
         return _completions(raw, request, server)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """The completions in pieces, as the server sends them. Raises as `generate` does, before or between them."""
-        async with self._asked(request, stream=True) as (server, response):
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                server, response = await self._ask(request, stream=True)
+        except TimeoutError:
+            raise TeacherLate(f"no answer within {self._timeout_s:g} s") from None
+        try:
             if response.content_type != "text/event-stream":  # it does not stream
-                for index, completion in enumerate(_completions(await self._in_time(_read(response, str(server.base))), request, server)):
-                    yield Piece(index, completion.text, completion.finish_reason)
+                for choice, completion in enumerate(_completions(await _read(response, str(server.base)), request, server)):
+                    yield Piece(choice, completion.text, completion.finish_reason)
                 return
             begun, ended, otherwise = set[int](), set[int](), False
             while True:
                 try:
-                    line = await self._in_time(response.content.readline())
+                    line = await response.content.readline()
+                except TimeoutError:
+                    raise TeacherLate(f"{server.base}: nothing within {self._timeout_s:g} s") from None
                 except (aiohttp.ClientError, OSError, ValueError) as exc:
                     raise TeacherFailed(f"{server.base}: the stream broke: {exc!r}") from exc
                 if not line:
@@ -154,6 +167,9 @@ class UpstreamEngine:
                 if not line.startswith(b"data:") or not data:
                     continue
                 if data == b"[DONE]":
+                    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):  # read to its end, the connection serves again
+                        async with asyncio.timeout(END_S):
+                            await response.content.read()
                     break
                 for piece in _pieces(data, request, server):
                     if piece is None:
@@ -169,6 +185,8 @@ class UpstreamEngine:
                 if otherwise:
                     raise _ended_otherwise(server)
                 raise TeacherFailed(f"{server.base}: the stream ended before the answer did")
+        finally:
+            _leave(server, response)
 
     async def check(self) -> None:
         """Return if one of the servers lists its models. Raises TeacherUnavailable, TeacherRejected."""
@@ -200,9 +218,8 @@ class UpstreamEngine:
             # what went wrong is told where it is set aside
             await asyncio.gather(*(server.check(PROBE_S) for server in self.servers if server.aside), return_exceptions=True)
 
-    @contextlib.asynccontextmanager
-    async def _asked(self, request: GenerationRequest, *, stream: bool) -> AsyncIterator[tuple[Server, aiohttp.ClientResponse]]:
-        """The answer of one server, of status 200 and not yet read. Raises as `generate` does."""
+    async def _ask(self, request: GenerationRequest, *, stream: bool) -> tuple[Server, aiohttp.ClientResponse]:
+        """The answer of one server, of status 200 and not yet read; both to be left. Raises as `generate` does."""
         path, body = _body(request, self._model, stream=stream)
         tried: list[Server] = []
         while True:
@@ -210,41 +227,34 @@ class UpstreamEngine:
             tried.append(server)
             server.in_flight += 1
             try:
-                try:
-                    response = await self._in_time(_post(server, path, body))
-                except _Broken as exc:
-                    server.set_aside(exc)
-                    if len(tried) == 1:
-                        continue
-                    raise TeacherUnavailable(f"{server.base}: {exc}") from exc
-                async with response:
-                    if response.status != 200:
-                        raw = await self._in_time(_read(response, str(server.base)))
-                        if response.status in (502, 503, 504):
-                            server.set_aside(f"HTTP {response.status}")
-                        raise await self._refusal(response, raw, request, server)
-                    server.take_back()
-                    try:
-                        yield server, response
-                    except BaseException:
-                        response.close()  # not released: whoever has gone wants no more of it
-                        raise
-                    return
-            finally:
+                response = await server.session.post(server.urls[path], data=body, allow_redirects=False, timeout=self._patience[stream])
+            except (aiohttp.ClientError, OSError) as exc:
                 server.in_flight -= 1
+                if isinstance(exc, TimeoutError) and not isinstance(exc, aiohttp.ConnectionTimeoutError):
+                    raise TeacherLate(f"{server.base}: no answer within {self._timeout_s:g} s") from exc
+                server.set_aside(exc or type(exc).__name__)
+                if len(tried) > 1:
+                    raise TeacherUnavailable(f"{server.base}: {exc!r}") from exc
+                continue
+            except BaseException:
+                server.in_flight -= 1
+                raise
+            if response.status == 200:
+                server.take_back()
+                return server, response
+            try:
+                raw = await _read(response, str(server.base))
+                if response.status in (502, 503, 504):
+                    server.set_aside(f"HTTP {response.status}")
+                raise await self._refusal(response, raw, request, server)
+            finally:
+                _leave(server, response)
 
     def _choose(self, tried: Sequence[Server]) -> Server:
         """The server that is answering fewest, of those not set aside and not tried yet if there are any."""
         turn = next(self._turn)
         order = [self.servers[(turn + i) % len(self.servers)] for i in range(len(self.servers))]  # equals take turns
         return min(order, key=lambda s: (s in tried, s.aside, s.in_flight))
-
-    async def _in_time(self, work: Any) -> Any:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await work
-        except TimeoutError:
-            raise TeacherLate(f"no answer within {self._timeout_s:g} s") from None
 
     async def _refusal(self, response: aiohttp.ClientResponse, raw: bytes, request: GenerationRequest, server: Server) -> Exception:
         """What an answer of another status than 200 means."""
@@ -290,12 +300,13 @@ def _body(request: GenerationRequest, model: str, *, stream: bool) -> tuple[Lite
     return "completions", to_json(body)
 
 
-async def _post(server: Server, path: str, body: bytes) -> aiohttp.ClientResponse:
-    """The beginning of the answer. Raises _Broken if there is none."""
-    try:
-        return await server.session.post(server.urls[path], data=body, allow_redirects=False, timeout=TIMEOUT)
-    except (aiohttp.ClientError, OSError) as exc:
-        raise _Broken(f"{exc or type(exc).__name__}") from exc
+def _leave(server: Server, response: aiohttp.ClientResponse) -> None:
+    """Done with this answer; one that was not read to its end is not wanted any more, and its connection is closed."""
+    server.in_flight -= 1
+    if response.content.at_eof():
+        response.release()
+    else:
+        response.close()
 
 
 async def _read(response: aiohttp.ClientResponse, url: str) -> bytes:
@@ -307,6 +318,8 @@ async def _read(response: aiohttp.ClientResponse, url: str) -> bytes:
             if (size := size + len(part)) > MOST_BYTES:
                 response.close()
                 raise TeacherFailed(f"{url}: an answer of more than {MOST_BYTES} bytes")
+    except TimeoutError:
+        raise TeacherLate(f"{url}: the answer did not go on") from None
     except (aiohttp.ClientError, OSError) as exc:
         raise TeacherFailed(f"{url}: the answer broke off: {exc!r}") from exc
     return b"".join(parts)

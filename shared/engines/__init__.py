@@ -41,15 +41,11 @@ class StreamingEngine(Engine, Protocol):
         ...
 
 
-async def pieces(engine: Engine, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
+def pieces(engine: Engine, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
     """The answer in pieces: as they come from a `StreamingEngine`, else each completion whole. Raises as `Engine.generate` does."""
-    if isinstance(engine, StreamingEngine):
-        stream = engine.stream(request)
-        try:
-            async for piece in stream:
-                yield piece
-        finally:
-            await stream.aclose()
-    else:
-        for index, completion in enumerate(await engine.generate(request)):
-            yield Piece(index, completion.text, completion.finish_reason)
+    return engine.stream(request) if isinstance(engine, StreamingEngine) else _whole(engine, request)
+
+
+async def _whole(engine: Engine, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
+    for choice, completion in enumerate(await engine.generate(request)):
+        yield Piece(choice, completion.text, completion.finish_reason)

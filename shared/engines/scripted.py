@@ -23,7 +23,7 @@ _WORD = re.compile(r"[^\W\d_][^\W\d_'-]{2,}")
 
 
 class ScriptedEngine:
-    """An `Engine` that asks a short question about long words of the prompt's last paragraph.
+    """An `Engine` that asks a short question about long words of the last paragraph of the prompt or of the last turn that has text.
 
     The same prompt, temperature and seed give the same text in every process; sample i uses seed + i. A token is a word.
     """
@@ -34,7 +34,8 @@ class ScriptedEngine:
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """`request.n` completions. Raises RequestRefused for a prompt without text."""
-        text = request.messages[-1].content if request.messages else request.prompt or ""
+        texts = [request.prompt or ""] if request.messages is None else [m.content for m in request.messages if m.content.strip()]
+        text = texts[-1] if texts else ""
         if not text.strip():
             raise RequestRefused("the prompt is empty")
         await asyncio.sleep(self._delay_s)

@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
 from shared.contracts import GenerationRequest
-from shared.engines import Engine, Piece, pieces
+from shared.engines import Engine, pieces
 from shared.errors import DistillError, RequestRefused, TeacherBusy, TeacherFailed, TeacherLate, TeacherRejected, TeacherUnavailable
 from shared.http.keys import Forbidden, Key, Keys, Unauthorised
 from shared.http.limits import Counts, Exhausted, QueueFull, Slots
@@ -81,6 +81,7 @@ class _Told:
     prompt_characters: int = 0
     completion_characters: int = 0
     body_s: float = 0.0
+    queued: bool = False
     queue_s: float = 0.0
     engine_s: float = 0.0
     reason: str | None = None
@@ -97,7 +98,7 @@ class Face:
 
     def known(self, request: Request) -> Key:
         """Whose request this is. Raises Unauthorised, Forbidden."""
-        return self._keys.known(request.headers.get("authorization"))
+        return self._keys.known(_header(request, b"authorization"))
 
     async def answer(self, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
         """The response to one POST of such a body, errors included; tells the log and the metrics."""
@@ -129,24 +130,26 @@ class Face:
             body = kind.model_validate_json(raw)
         except ValidationError as exc:
             raise _wrong_body(exc.errors(include_url=False, include_context=False)[0]) from None
-        asked = self._asked(body, told)
-        async with while_connected(request.receive):
+        asked = self._asked(request, body, told)
+        with while_connected(request.receive):
             if not body.stream:
                 return await self._whole(key, asked, kind, told)
             events = self._events(key, asked, kind, told)
             first = await anext(events)
         return Events(first, events, cut=CUT, ended=lambda: self._tell(told, 200))
 
-    def _asked(self, body: ChatBody | CompletionBody, told: _Told) -> GenerationRequest:
+    def _asked(self, request: Request, body: ChatBody | CompletionBody, told: _Told) -> GenerationRequest:
         """What the engine is to be asked. Raises Refused for another model and for what is out of bounds."""
         bounds = self._bounds
         if body.model != self._model:
             message = f"the model {body.model[:100]!r} does not exist here; the one served is {self._model!r}"
             raise Refused(404, "model", message, param="model", code="model_not_found")
-        asked = body.request()
+        asked = body.request(bounds.max_tokens)
         for name, value, most in (("n", asked.n, bounds.max_n), ("max_tokens", asked.sampling.max_tokens, bounds.max_tokens)):
             if value > most:
                 raise Refused(422, "field", f"{name}: at most {most} here", param=name)
+        if body.stream and request.scope.get("http_version") == "1.0":
+            raise Refused(422, "field", "stream: HTTP/1.0 knows no answer of unknown length; use HTTP/1.1", param="stream")
         told.stream, told.n = bool(body.stream), asked.n
         told.prompt_characters = len(asked.prompt) if asked.prompt is not None else sum(len(m.content) for m in asked.messages or ())
         if told.prompt_characters > bounds.max_prompt_characters:
@@ -155,38 +158,35 @@ class Face:
             raise Refused(400, "prompt_too_long", message, param=param, code="context_length_exceeded")
         return asked
 
-    @contextmanager
-    def _held(self, key: Key, asked: GenerationRequest, told: _Told) -> Iterator[None]:
-        """What the key needs for this request is its own until the block ends. Raises Exhausted."""
-        lease = self._counts.hold(key, asked)
-        try:
-            yield
-        finally:
-            self._counts.settle(lease, told.completion_characters)
-
-    @asynccontextmanager
-    async def _slot(self, told: _Told) -> AsyncIterator[None]:
-        """A place at the engine for the block. Raises QueueFull."""
+    async def _take(self, told: _Told) -> None:
+        """Wait for a place at the engine. Raises QueueFull."""
         if self._slots is None:  # belongs to the event loop
             b = self._bounds
             self._slots = Slots(b.max_in_flight, b.max_queue, b.queue_s, tell=self._meters.queue.inc)
         began = time.perf_counter()
-        async with self._slots.one():
-            told.queue_s = time.perf_counter() - began
-            yield
+        told.queued = await self._slots.take()
+        told.queue_s = time.perf_counter() - began
+
+    def _give(self) -> None:
+        assert self._slots is not None
+        self._slots.give()
 
     async def _whole(self, key: Key, asked: GenerationRequest, kind: type[ChatBody] | type[CompletionBody], told: _Told) -> Response:
-        with self._held(key, asked, told):
-            async with self._slot(told):
-                began = time.perf_counter()
-                try:
-                    completions = await self._engine.generate(asked)
-                finally:
-                    told.engine_s = time.perf_counter() - began
-            told.completion_characters = sum(len(c.text) for c in completions)
+        lease = self._counts.hold(key, asked)
+        try:
+            await self._take(told)
+            began = time.perf_counter()
+            try:
+                completions = await self._engine.generate(asked)
+            finally:
+                told.engine_s = time.perf_counter() - began
+                self._give()
+            told.completion_characters = sum([len(c.text) for c in completions])
+        finally:
+            self._counts.settle(lease, told.completion_characters)
         used = usage(asked, completions) if self._with_usage else None
         answer = (chat_completion if kind is ChatBody else text_completion)(self._model, completions, used)
-        return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+        return Response(answer, media_type="application/json")
 
     async def _events(
         self, key: Key, asked: GenerationRequest, kind: type[ChatBody] | type[CompletionBody], told: _Told
@@ -211,40 +211,42 @@ class Face:
 
         words: dict[int, Words] = {}
         try:
-            with self._held(key, asked, told):
-                async with self._slot(told):
-                    async for piece in self._timed(asked, told):
-                        told.completion_characters += len(piece.text)
-                        if piece.choice not in words:
-                            words[piece.choice] = Words()
+            lease = self._counts.hold(key, asked)
+            try:
+                await self._take(told)
+                stream = pieces(self._engine, asked)
+                try:
+                    while True:
+                        began = time.perf_counter()
+                        piece = await anext(stream, None)
+                        told.engine_s += time.perf_counter() - began
+                        if piece is None:
+                            break
+                        index, text, reason = piece
+                        told.completion_characters += len(text)
+                        said = []
+                        if index not in words:
+                            words[index] = Words()
                             if chat:
-                                yield event(piece.choice, "", first=True)
-                        for text in words[piece.choice].add(piece.text):
-                            yield event(piece.choice, text)
-                        if piece.finish_reason:
-                            if rest := words[piece.choice].rest():
-                                yield event(piece.choice, rest)
-                            yield event(piece.choice, "", piece.finish_reason)
+                                said.append(event(index, "", first=True))
+                        said += [event(index, word) for word in words[index].add(text)]
+                        if reason:
+                            if rest := words[index].rest():
+                                said.append(event(index, rest))
+                            said.append(event(index, "", reason))
+                        if said:
+                            yield b"".join(said)
+                finally:
+                    await stream.aclose()
+                    self._give()
+            finally:
+                self._counts.settle(lease, told.completion_characters)
             yield b"data: [DONE]\n\n"
         except DistillError as exc:
             if not begun:
                 raise
             told.reason = reason_of(exc)
             yield _event(_problem(exc))
-
-    async def _timed(self, asked: GenerationRequest, told: _Told) -> AsyncGenerator[Piece, None]:
-        """The engine's pieces; the time until each counts as the engine's."""
-        stream = pieces(self._engine, asked)
-        try:
-            while True:
-                began = time.perf_counter()
-                piece = await anext(stream, None)
-                told.engine_s += time.perf_counter() - began
-                if piece is None:
-                    return
-                yield piece
-        finally:
-            await stream.aclose()
 
     def _tell(self, told: _Told, status: int) -> None:
         seconds = time.perf_counter() - told.began
@@ -254,7 +256,8 @@ class Face:
             meters.refused(told.reason)
         if told.engine_s:  # it was asked
             meters.engine_s.observe(told.engine_s)
-            meters.queue_s.observe(told.queue_s)
+            if told.queued:
+                meters.queue_s.observe(told.queue_s)
             if not told.stream:  # else the caller's reading would count as ours
                 meters.own_s.observe(own_s)
             meters.prompt.inc(told.prompt_characters)
@@ -277,17 +280,25 @@ class Face:
             log.info("request", extra={"fields": fields})
 
 
+def _header(request: Request, name: bytes) -> str | None:
+    """The first header of this name; Starlette's own mapping decodes all of them for each question."""
+    for key, value in request.scope["headers"]:
+        if key == name:
+            return str(value, "latin-1")
+    return None
+
+
 async def read_body(request: Request, *, limit: int, timeout_s: float) -> bytes:
     """The bytes of a JSON body. Raises Refused for one that is of another kind, larger than `limit` bytes or slower than `timeout_s`."""
-    headers = request.headers
-    kind, _, parameters = headers.get("content-type", "").partition(";")
+    kind, _, parameters = (_header(request, b"content-type") or "").partition(";")
     charset = parameters.strip().lower().removeprefix("charset=").strip('"')
     if kind.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
         raise Refused(415, "content_type", "send JSON in UTF-8, with the header content-type: application/json")
-    if headers.get("content-encoding", "identity").lower() != "identity":
+    if (_header(request, b"content-encoding") or "identity").lower() != "identity":
         raise Refused(415, "content_encoding", "send the body as it is: compressed ones are not taken")
     too_large = Refused(413, "body_too_large", f"the body is larger than {limit} bytes, the most that is taken here")
-    if headers.get("content-length", "").isdigit() and int(headers["content-length"]) > limit:
+    length = _header(request, b"content-length") or ""
+    if length.isdigit() and int(length) > limit:
         raise too_large
     body = bytearray()
     try:
@@ -448,7 +459,7 @@ def _wrong_body(error: Any) -> Refused:
         return Refused(400, "not_json", "the body is no JSON object; send one, as application/json")
     # only where and what is wrong: the value itself may be a prompt
     parts = [str(part) for part in error["loc"] if isinstance(part, int) or part.isidentifier()]  # without pydantic's names of types
-    name = ".".join(parts) or ".".join(map(repr, error["loc"]))[:100]
+    name = (".".join(parts) or ".".join(map(repr, error["loc"])))[:100]
     if error["type"] == "extra_forbidden":
         return Refused(422, "field", f"{name}: unknown field; it is not supported here", param=name)
     said = str(error["msg"]).removeprefix("Value error, ")
@@ -510,8 +521,7 @@ def problem(exc: DistillError) -> JSONResponse:
     """The response to an error. What an engine says of itself is logged, not told."""
     match exc:
         case Refused():
-            # the connection of a body that was not read to its end cannot be used again
-            unread = {"connection": "close"} if exc.status in (408, 413, 415) else None
+            unread = {"connection": "close"} if exc.status == 408 else None
             return error_answer(exc.status, str(exc), param=exc.param, code=exc.code, headers=unread)
         case Unauthorised():
             return error_answer(401, str(exc), code="invalid_api_key", headers={"www-authenticate": "Bearer"})

@@ -8,9 +8,9 @@ import math
 import mmap
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 from shared.contracts import GenerationRequest
 from shared.errors import RequestRefused, TeacherBusy
@@ -44,6 +44,22 @@ class Lease:
     """Characters."""
 
 
+class _Guarded:
+    """`with` it, these numbers are this process's alone; one process needs no lock."""
+
+    def __init__(self, numbers: memoryview[float], lock: IO[bytes] | None) -> None:
+        self._numbers, self._lock = numbers, lock
+
+    def __enter__(self) -> memoryview[float]:
+        if self._lock is not None:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX)
+        return self._numbers
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN)
+
+
 class Counts:
     """What each key has used and holds, in memory that all workers of a server share: make it before they are forked.
 
@@ -68,15 +84,7 @@ class Counts:
         self._file.truncate(max(size, 1) * _DOUBLE)
         self._memory = mmap.mmap(self._file.fileno(), max(size, 1) * _DOUBLE)
         # per key: place in the ring | day | characters | requests held, by worker | characters held, by worker | the ring
-        self._doubles = memoryview(self._memory).cast("d")
-
-    @contextmanager
-    def _locked(self) -> Iterator[memoryview[float]]:
-        fcntl.lockf(self._file, fcntl.LOCK_EX)
-        try:
-            yield self._doubles
-        finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+        self._locked = _Guarded(memoryview(self._memory).cast("d"), self._file if workers > 1 else None)
 
     def ask(self, key: Key) -> None:
         """Count one request. Raises Exhausted, and does not count it, if the key has made all it may in the last 60 seconds."""
@@ -86,7 +94,7 @@ class Counts:
         at = self._start[key.index]
         ring = at + 3 + 2 * self._workers
         now = self._clock()
-        with self._locked() as d:
+        with self._locked as d:
             place = int(d[at])
             oldest = d[ring + place]  # 0: the ring is not full yet
             if oldest and now - oldest < WINDOW_S:
@@ -100,7 +108,7 @@ class Counts:
         at, limits = self._start[key.index], key.limits
         held = at + 3
         wish = request.n * request.sampling.max_tokens * CHARACTERS_A_TOKEN if limits.characters_per_day else 0
-        with self._locked() as d:
+        with self._locked as d:
             if limits.concurrent_requests is not None and sum(d[held : held + self._workers]) >= limits.concurrent_requests:
                 many = limits.concurrent_requests
                 raise Exhausted("concurrent_requests", f"this API key may ask {many} requests at a time", retry_after_s=1.0)
@@ -128,7 +136,7 @@ class Counts:
         """Give back what a request held, and count what it has generated."""
         at = self._start[lease.key.index]
         held = at + 3
-        with self._locked() as d:
+        with self._locked as d:
             d[held + self.worker] -= 1
             d[held + self._workers + self.worker] -= lease.reserved
             self._today(d, at)
@@ -136,7 +144,7 @@ class Counts:
 
     def forget(self, worker: int) -> None:
         """Give back all that a worker held which is no more."""
-        with self._locked() as d:
+        with self._locked as d:
             for start in self._start:
                 d[start + 3 + worker] = d[start + 3 + self._workers + worker] = 0
 
@@ -155,25 +163,27 @@ class Slots:
         self._most, self._wait_s, self._tell = waiting, wait_s, tell
         self.waiting = 0
 
-    @asynccontextmanager
-    async def one(self) -> AsyncIterator[None]:
-        """Hold a slot for the block. Raises QueueFull at once if as many wait as may, or after `wait_s` without a slot."""
-        if self._free.locked():
-            if self.waiting >= self._most:
-                raise QueueFull("too many requests are waiting; try again", retry_after_s=1.0)
-            self.waiting += 1
-            self._tell(1)
-            try:
-                async with asyncio.timeout(self._wait_s):
-                    await self._free.acquire()
-            except TimeoutError:
-                raise QueueFull(f"no room within {self._wait_s:g} s; try again", retry_after_s=math.ceil(self._wait_s)) from None
-            finally:
-                self.waiting -= 1
-                self._tell(-1)
-        else:
+    async def take(self) -> bool:
+        """Take a slot, to be given back; whether that took waiting.
+
+        Raises QueueFull at once if as many wait as may, or after `wait_s` without a slot.
+        """
+        if not self._free.locked():
             await self._free.acquire()
+            return False
+        if self.waiting >= self._most:
+            raise QueueFull("too many requests are waiting; try again", retry_after_s=1.0)
+        self.waiting += 1
+        self._tell(1)
         try:
-            yield
+            async with asyncio.timeout(self._wait_s):
+                await self._free.acquire()
+        except TimeoutError:
+            raise QueueFull(f"no room within {self._wait_s:g} s; try again", retry_after_s=math.ceil(self._wait_s)) from None
         finally:
-            self._free.release()
+            self.waiting -= 1
+            self._tell(-1)
+        return True
+
+    def give(self) -> None:
+        self._free.release()

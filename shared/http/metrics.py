@@ -5,7 +5,7 @@ distill_http_request_duration_seconds{route}            from the request's first
 distill_http_requests_in_flight                         requests being answered now
 distill_engine_duration_seconds                         what of an answer's time the engine took
 distill_overhead_seconds                                what the server itself took: neither its engine, nor its queue, nor its caller
-distill_queue_duration_seconds                          what an answered request waited for a place at the engine
+distill_queue_duration_seconds                          what requests waited for a place at the engine that found none free
 distill_queue_length                                    requests that wait for one now
 distill_refusals_total{reason}                          requests refused, by why
 distill_characters_total{side}                          characters of prompts and of completions

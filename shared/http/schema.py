@@ -47,6 +47,7 @@ def describe(
     schemas["Turn"]["properties"]["content"]["maxLength"] = max_prompt_characters
     # either name of the bound; null is as good as absent
     both = {"properties": {name: {"type": "integer"} for name in ("max_tokens", "max_completion_tokens")}}
+    schemas["ChatBody"]["properties"]["messages"]["contains"] = {"required": ["content"], "properties": {"content": {"pattern": r"\S"}}}
     schemas["ChatBody"]["not"] = both | {"required": ["max_tokens", "max_completion_tokens"]}
 
     def generation(what: str, body: type, answer: type, chunk: type) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def describe(
                     "headers": headers,
                     "content": {
                         "application/json": {"schema": _reference(answer)},
-                        "text/event-stream": {"schema": {"type": "string"}, "x-event": _reference(chunk)},
+                        "text/event-stream": {"schema": _event(chunk)},
                     },
                 },
                 **_errors(400, *((401, 403) if keys else ()), 404, 405, 408, 413, 415, 422, 429, 500, 502, 503, 504, headers=headers),
@@ -120,6 +121,13 @@ def describe(
                     **({"security": [{"key": []}]} if keys else {}),
                 }
             },
+            "/openapi.json": {
+                "get": {
+                    "summary": "This.",
+                    "operationId": "schema",
+                    "responses": {"200": _json("OpenAPI.", {"type": "object"}), **_errors(405)},
+                }
+            },
             "/healthz": {
                 "get": {
                     "summary": "The process lives.",
@@ -150,6 +158,13 @@ def _errors(*statuses: int, headers: dict[str, Any] | None = None) -> dict[str, 
         if headers or more:
             found[str(status)]["headers"] = {**(headers or {}), **more}
     return found
+
+
+def _event(chunk: type) -> dict[str, Any]:
+    """One server-sent event, as readers of OpenAPI take it apart."""
+    content = {"anyOf": [_reference(chunk), _reference(ErrorAnswer)]}
+    data = {"anyOf": [{"const": "[DONE]"}, {"type": "string", "contentMediaType": "application/json", "contentSchema": content}]}
+    return {"type": "object", "required": ["data"], "properties": {"data": data}}
 
 
 def _json(description: str, schema: dict[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 RUN = 12
 """Characters without white space after which a piece ends: of a long word, or of a language that does not part its words."""
-SEND_S = 60.0
-"""Seconds that a client may take to read one event: then its connection is closed, and its place at the engine is another's."""
 _PIECE = re.compile(rf"\s*(?:\S{{{RUN}}}|\S+(?=\s))")
 
 
@@ -46,30 +44,32 @@ class Words:
         return rest
 
 
-@asynccontextmanager
-async def while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Cancel the block when the client hangs up. To be entered when the request's body has been read. Raises ClientLeft then."""
-    task = asyncio.current_task()
-    assert task is not None
-    left = False
+class while_connected:
+    """`with while_connected(receive)`: cancel the block when the client hangs up, and raise ClientLeft then.
 
-    async def watch() -> None:
-        nonlocal left
-        while (await receive())["type"] != "http.disconnect":
+    To be entered when the request's body has been read.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._left = receive, False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
             pass
-        left = True
-        task.cancel()
+        self._left = True
+        self._task.cancel()
 
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not left:
-            raise
-        task.uncancel()
-        raise ClientLeft from None
-    finally:
-        watcher.cancel()
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        self._watcher.cancel()
+        if self._left and isinstance(exc, asyncio.CancelledError):
+            self._task.uncancel()
+            raise ClientLeft from None
 
 
 class Events(Response):
@@ -88,14 +88,13 @@ class Events(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def say(event: bytes) -> None:
-            async with asyncio.timeout(SEND_S):
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": event, "more_body": True})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            with suppress(ClientLeft, TimeoutError):  # what is not completed, the server closes
+            with suppress(ClientLeft):
                 try:
-                    async with while_connected(receive):
+                    with while_connected(receive):
                         await say(self._first)
                         async for event in self._events:
                             await say(event)

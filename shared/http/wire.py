@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-import uuid
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import to_json
 
 from shared.contracts import Completion, FinishReason, GenerationRequest, Message, Sampling
 
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 4.0 is an integer there, and some clients write it so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 StopText = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(pattern=r"\S")]
 CHAT_TOKENS = 256
 """Most tokens of a chat's answer whose length the caller does not bound."""
 COMPLETION_TOKENS = 16
@@ -33,15 +41,15 @@ class GenerationBody(Body):
     """What both kinds of request share. Defaults are those of the OpenAI API."""
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=4096), BeforeValidator(_whole)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """Default 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Default 1."""
-    n: Annotated[int, Field(ge=1, le=64)] | None = None
+    n: Annotated[int, Field(ge=1, le=64), BeforeValidator(_whole)] | None = None
     """Default 1."""
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)] | None = None
     user: str | None = None
     """Accepted, since clients send it, and not used."""
     stream: bool | None = None
@@ -63,29 +71,31 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: list[Turn] = Field(min_length=1)
-    max_completion_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=4096), BeforeValidator(_whole)] | None = None
     """The newer name of max_tokens."""
 
     @model_validator(mode="after")
-    def _one_bound(self) -> ChatBody:
+    def _is_whole(self) -> ChatBody:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens: give either it or max_completion_tokens")
+        if not any(turn.content.strip() for turn in self.messages):
+            raise ValueError("messages: none of them has text")
         return self
 
-    def request(self) -> GenerationRequest:
-        """The request as an engine takes it; at most CHAT_TOKENS tokens unless another bound is given."""
+    def request(self, most_tokens: int) -> GenerationRequest:
+        """The request as an engine takes it; of CHAT_TOKENS or `most_tokens` tokens, the fewer, unless another bound is given."""
         messages = tuple(Message(role=turn.role, content=turn.content) for turn in self.messages)
-        return self._request(self.max_tokens or self.max_completion_tokens or CHAT_TOKENS, messages=messages)
+        return self._request(self.max_tokens or self.max_completion_tokens or min(CHAT_TOKENS, most_tokens), messages=messages)
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str
+    prompt: Text
 
-    def request(self) -> GenerationRequest:
-        """The request as an engine takes it; at most COMPLETION_TOKENS tokens unless another bound is given."""
-        return self._request(self.max_tokens or COMPLETION_TOKENS, prompt=self.prompt)
+    def request(self, most_tokens: int) -> GenerationRequest:
+        """The request as an engine takes it; of COMPLETION_TOKENS or `most_tokens` tokens, the fewer, unless another bound is given."""
+        return self._request(self.max_tokens or min(COMPLETION_TOKENS, most_tokens), prompt=self.prompt)
 
 
 class Answer(BaseModel):
@@ -195,29 +205,39 @@ class ErrorAnswer(Answer):
     error: Problem
 
 
-def usage(request: GenerationRequest, completions: Sequence[Completion]) -> Usage:
-    """Characters and words of the prompt (of all its turns) and of all completions."""
+def usage(request: GenerationRequest, completions: Sequence[Completion]) -> dict[str, int]:
+    """A `Usage`: characters and words of the prompt (of all its turns) and of all completions."""
     prompt = [m.content for m in request.messages or ()] if request.prompt is None else [request.prompt]
     texts = [c.text for c in completions]
-    return Usage(
-        prompt_characters=sum(map(len, prompt)),
-        prompt_words=sum(len(text.split()) for text in prompt),
-        completion_characters=sum(map(len, texts)),
-        completion_words=sum(len(text.split()) for text in texts),
-    )
+    return {
+        "prompt_characters": sum(map(len, prompt)),
+        "prompt_words": sum([len(text.split()) for text in prompt]),
+        "completion_characters": sum(map(len, texts)),
+        "completion_words": sum([len(text.split()) for text in texts]),
+    }
 
 
-def chat_completion(model: str, completions: Sequence[Completion], usage: Usage | None) -> ChatCompletion:
-    """A new object with nothing in it but the public name, the texts, why they ended, and what anybody can count in them."""
-    choices = [ChatChoice(index=i, message=ChatTurn(content=c.text), finish_reason=c.finish_reason) for i, c in enumerate(completions)]
-    return ChatCompletion(id=new_id("chatcmpl"), created=int(time.time()), model=model, choices=choices, usage=usage)
+def chat_completion(model: str, completions: Sequence[Completion], usage: dict[str, int] | None) -> bytes:
+    """A `ChatCompletion`: nothing is in it but the public name, the texts, why they ended, and what anybody can count in them."""
+    choices = [
+        {"index": i, "message": {"role": "assistant", "content": c.text}, "finish_reason": c.finish_reason}
+        for i, c in enumerate(completions)
+    ]
+    return _answer("chatcmpl", "chat.completion", model, choices, usage)
 
 
-def text_completion(model: str, completions: Sequence[Completion], usage: Usage | None) -> TextCompletion:
-    """A new object with nothing in it but the public name, the texts, why they ended, and what anybody can count in them."""
-    choices = [TextChoice(index=i, text=c.text, finish_reason=c.finish_reason) for i, c in enumerate(completions)]
-    return TextCompletion(id=new_id("cmpl"), created=int(time.time()), model=model, choices=choices, usage=usage)
+def text_completion(model: str, completions: Sequence[Completion], usage: dict[str, int] | None) -> bytes:
+    """A `TextCompletion`: nothing is in it but the public name, the texts, why they ended, and what anybody can count in them."""
+    choices = [{"index": i, "text": c.text, "finish_reason": c.finish_reason} for i, c in enumerate(completions)]
+    return _answer("cmpl", "text_completion", model, choices, usage)
+
+
+def _answer(kind: str, name: str, model: str, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> bytes:
+    answer = {"id": new_id(kind), "object": name, "created": int(time.time()), "model": model, "choices": choices}
+    if usage is not None:
+        answer["usage"] = usage
+    return bytes(to_json(answer))
 
 
 def new_id(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"
+    return f"{kind}-{secrets.token_hex(16)}"

@@ -155,7 +155,7 @@ def test_a_worker_killed_while_it_counts_does_not_stop_the_others() -> None:
     ready, told = os.pipe()
     child = os.fork()
     if not child:
-        with counts._locked():
+        with counts._locked:
             os.write(told, b"x")
             signal.pause()
     os.read(ready, 1)
@@ -187,8 +187,11 @@ def test_what_finds_no_slot_waits_and_what_finds_no_place_to_wait_is_refused_at_
         slots, gate = Slots(1, 1, 60, tell=told.append), asyncio.Event()
 
         async def hold() -> None:
-            async with slots.one():
+            await slots.take()
+            try:
                 await gate.wait()
+            finally:
+                slots.give()
 
         holder = asyncio.create_task(hold())
         await asyncio.sleep(0)
@@ -212,8 +215,11 @@ def test_nothing_waits_longer_than_the_queue_allows_and_who_gives_up_leaves_no_t
         slots, gate = Slots(1, 5, 0.05), asyncio.Event()
 
         async def hold() -> None:
-            async with slots.one():
+            await slots.take()
+            try:
                 await gate.wait()
+            finally:
+                slots.give()
 
         holder = asyncio.create_task(hold())
         await asyncio.sleep(0)

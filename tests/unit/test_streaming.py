@@ -74,7 +74,7 @@ def test_work_ends_when_the_client_leaves() -> None:
         asyncio.get_running_loop().call_later(0.01, client.gone.set)
 
         async def work() -> None:
-            async with while_connected(client.receive):
+            with while_connected(client.receive):
                 try:
                     await asyncio.sleep(60)
                 finally:
@@ -90,7 +90,7 @@ def test_work_ends_when_the_client_leaves() -> None:
 
 def test_a_cancellation_from_elsewhere_stays_one() -> None:
     async def work() -> None:
-        async with while_connected(Client().receive):
+        with while_connected(Client().receive):
             await asyncio.sleep(60)
 
     async def run() -> None:
@@ -144,18 +144,4 @@ def test_a_stream_that_the_server_cuts_says_so_in_its_last_event() -> None:
         assert client.body.endswith(b"cut;")
         assert client.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
 
-    asyncio.run(run())
-
-
-def test_a_client_that_does_not_read_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stuck(Client):
-        async def send(self, message: Any) -> None:
-            if message.get("body"):
-                await asyncio.sleep(60)
-
-    async def run() -> None:
-        client, source = Stuck(), Source()
-        await Events(b"first;", source.events(), cut=b"", ended=lambda: None)({"type": "http"}, client.receive, client.send)
-
-    monkeypatch.setattr("shared.http.streaming.SEND_S", 0.05)
     asyncio.run(run())
