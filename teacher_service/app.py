@@ -9,7 +9,8 @@ from fastapi import FastAPI
 
 from shared.engines import Engine
 from shared.errors import SettingsError
-from shared.http.app import Bounds, create_app
+from shared.http.app import create_app
+from shared.http.face import Bounds
 from shared.http.keys import KeyEntry, KeyLimits, Keys, parse_keys, read_keys
 from shared.http.limits import Counts
 from shared.http.metrics import Meters

@@ -36,7 +36,7 @@ KEPT_S = 0.5
 MOST_BYTES = 64 << 20
 """Of one answer: more is not read."""
 CHARACTERS_A_TOKEN = 3
-"""What a model's limit comes to in characters, rather too few. One figure for all texts: it does not tell how they are cut."""
+"""What a model's limit comes to in characters of English, rather too few. One figure for all texts: it does not tell how they are cut."""
 QUOTED = 300
 """Characters of a server's own words that the log gets, at DEBUG."""
 _TOO_LONG = re.compile(
@@ -269,7 +269,7 @@ class UpstreamEngine:
         characters = len(request.prompt or "") + sum(len(m.content) for m in request.messages or ())
         answer = request.sampling.max_tokens * CHARACTERS_A_TOKEN
         most = server.reads_characters and max(0, server.reads_characters - answer)
-        room = "" if most is None else f"; beside such an answer about {most} are sure to fit"
+        room = "" if most is None else f"; beside such an answer about {most} of English text fit"
         return RequestRefused(
             f"the prompt ({characters} characters) with an answer of max_tokens {request.sampling.max_tokens} is too long for this "
             f"model{room}: shorten it, or lower max_tokens",

@@ -38,6 +38,9 @@ class BoundedProtocol(HttpToolsProtocol):
     _unsent = 0
     _in_head = True
     _head_bytes = 0
+    """Bytes since the last of a body or the last end of a message: of headers, of trailers, of what frames chunks."""
+    _brought = False
+    """Some of a body was within the bytes that are being read."""
     _completed = False
     """A message has ended within the bytes that are being read."""
     _running: RequestResponseCycle | None = None
@@ -61,14 +64,23 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._start_clock()
             if not self._head_bytes:
                 data = _without_upgrade(data)
+        self._brought = False
         super().data_received(data)
-        if self._in_head and not self._completed:
+        if not self._completed and not self._brought:
             self._head_bytes += len(data)
             if self._head_bytes > HEADER_BYTES:
                 self._hang_up()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # else it stands behind a body, and is none
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._brought, self._head_bytes = True, 0
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
-        self._in_head, self._head_bytes = False, 0
+        self._in_head, self._head_bytes, self._brought = False, 0, True
         self._stop_clock()
         if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > HEADER_BYTES:
             self._complaint = f"the headers are larger than {HEADER_BYTES} bytes"
@@ -89,6 +101,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._in_head = self._completed = True
+        self._head_bytes = 0
         self._stop_clock()
 
     def on_response_complete(self) -> None:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from shared.contracts import Completion, GenerationRequest
 from shared.engines import Engine
 from shared.errors import DataError
-from shared.http.app import NotReady
+from shared.http.problems import NotReady
 from shared.registry import Promoted, current, history, serving_path, verify
 from shared.settings import TaskSettings
 

@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 from shared.contracts import Completion, GenerationRequest
 from shared.engines import Piece
 from shared.errors import RequestRefused, TeacherBusy, TeacherFailed, TeacherLate, TeacherUnavailable
-from shared.http.app import Bounds, create_app
+from shared.http.app import create_app
+from shared.http.face import Bounds
 from shared.http.keys import KeyEntry, KeyLimits, Keys, digest
 from shared.http.metrics import Meters
 from shared.http.wire import ChatChunk, ErrorAnswer, TextChunk

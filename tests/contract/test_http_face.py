@@ -13,7 +13,8 @@ import pytest
 
 from shared.contracts import Completion, GenerationRequest, Message, Sampling
 from shared.errors import EngineError, RequestRefused, TeacherRejected, TeacherUnavailable
-from shared.http.app import NotReady, create_app
+from shared.http.app import create_app
+from shared.http.problems import NotReady
 
 SECRET = "http://engine-7:8000 vllm 0.33"
 CHAT = {"model": "teacher", "messages": [{"role": "user", "content": "prompt-that-nobody-may-log"}]}

@@ -84,7 +84,7 @@ def test_errors_arrive_as_the_clients_own_classes_with_their_messages(client: op
     with pytest.raises(openai.UnprocessableEntityError, match="logprobs") as refused:
         client.chat.completions.create(model=model, messages=[{"role": "user", "content": QUESTION}], logprobs=True)
     assert refused.value.param == "logprobs"
-    with pytest.raises(openai.BadRequestError, match="empty"):
+    with pytest.raises(openai.UnprocessableEntityError, match="prompt: it has no text"):
         client.completions.create(model=model, prompt=" ")
 
 

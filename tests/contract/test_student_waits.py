@@ -24,7 +24,7 @@ from shared.contracts import Completion, GenerationRequest
 from shared.engines.convert import convert
 from shared.engines.scripted import ScriptedEngine
 from shared.errors import EngineError, RunMismatch, TeacherUnavailable
-from shared.http.app import NotReady
+from shared.http.problems import NotReady
 from shared.registry import Promoted, promote, record_refusal, rollback
 from shared.settings import TaskSettings
 from student_trainer.serving.app import State, app_over, generating_app, student_app

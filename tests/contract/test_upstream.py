@@ -259,7 +259,7 @@ def test_an_answer_of_another_shape_is_an_error_of_the_server(body: Any, error: 
 def test_a_prompt_too_long_for_the_model_is_told_in_characters_and_not_in_tokens() -> None:
     said = "This model's maximum context length is 2048 tokens. However, your request has 3141 input tokens."
     for listed, room in (
-        ({"data": [{"id": "m", "max_model_len": 2048}]}, "about 6129 are sure to fit"),
+        ({"data": [{"id": "m", "max_model_len": 2048}]}, "about 6129 of English text fit"),
         ({"data": [{"id": "m"}]}, "model: "),
     ):
         fake = Fake(answers(400, {"error": {"message": said}}))

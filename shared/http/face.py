@@ -1,0 +1,307 @@
+"""The way of a request from its bytes to the engine and of the answer back: key, limits, body, queue, engine, text."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import ValidationError
+from pydantic_core import to_json
+
+from shared.contracts import GenerationRequest
+from shared.engines import Engine, pieces
+from shared.errors import DistillError, TeacherUnavailable
+from shared.http.keys import Key, Keys
+from shared.http.limits import Counts, Slots
+from shared.http.metrics import Meters
+from shared.http.problems import Refused, error_answer, problem, problem_body, reason_of, wrong_body
+from shared.http.streaming import ClientLeft, Events, Words, while_connected
+from shared.http.wire import ChatBody, CompletionBody, chat_completion, new_id, text_completion, usage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one request may be, and how many at a time."""
+
+    max_body_bytes: int = 1 << 20
+    max_prompt_characters: int = 100_000
+    """Over all turns of a chat."""
+    max_n: int = 64
+    max_tokens: int = 4096
+    body_s: float = 30.0
+    """Seconds in which a body must have come."""
+    max_in_flight: int = 1024
+    """Requests at the engine; others wait."""
+    max_queue: int = 1024
+    """Requests that wait; others are refused."""
+    queue_s: float = 60.0
+    """Seconds that a request may wait."""
+
+
+@dataclass
+class _Told:
+    """What the log and the metrics tell of one request."""
+
+    began: float
+    route: str
+    id: str = field(default_factory=lambda: new_id("req"))
+    key: str | None = None
+    stream: bool = False
+    n: int = 0
+    prompt_characters: int = 0
+    completion_characters: int = 0
+    body_s: float = 0.0
+    queued: bool = False
+    queue_s: float = 0.0
+    engine_s: float = 0.0
+    reason: str | None = None
+    """Why it was refused or failed."""
+
+
+class Face:
+    """The way of a request from its bytes to the engine and of the answer back: key, limits, body, queue."""
+
+    def __init__(self, engine: Engine, *, model: str, keys: Keys, counts: Counts, bounds: Bounds, meters: Meters, with_usage: bool) -> None:
+        self._engine, self._model, self._keys, self._counts = engine, model, keys, counts
+        self._bounds, self._meters, self._with_usage = bounds, meters, with_usage
+        self._slots: Slots | None = None
+
+    def known(self, request: Request) -> Key:
+        """Whose request this is. Raises Unauthorised, Forbidden."""
+        return self._keys.known(_header(request, b"authorization"))
+
+    async def answer(self, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
+        """The response to one POST of such a body, errors included; tells the log and the metrics."""
+        told = _Told(time.perf_counter(), request.scope["path"])
+        try:
+            response = await self._answer(request, kind, told)
+        except ClientLeft:
+            told.reason = "client_left"
+            response = Response(status_code=499)  # reaches nobody
+        except asyncio.CancelledError:  # the server must end, and does this to what is still in flight
+            told.reason = "shutting_down"
+            response = problem(TeacherUnavailable("shutting down"))
+        except DistillError as exc:
+            told.reason = reason_of(exc)
+            response = problem(exc)
+        except Exception:
+            log.exception("an error in this service, at request %s", told.id)
+            told.reason = "error"
+            response = error_answer(500, "an error in this service; its log tells which")
+        response.raw_headers.append((b"x-request-id", told.id.encode()))
+        if not isinstance(response, Events):
+            self._tell(told, response.status_code)
+        return response
+
+    async def _answer(self, request: Request, kind: type[ChatBody] | type[CompletionBody], told: _Told) -> Response:
+        key = self.known(request)
+        told.key = key.name
+        self._counts.ask(key)
+        asked_for = time.perf_counter()
+        raw = await read_body(request, limit=self._bounds.max_body_bytes, timeout_s=self._bounds.body_s)
+        told.body_s = time.perf_counter() - asked_for
+        try:
+            body = kind.model_validate_json(raw)
+        except ValidationError as exc:
+            raise wrong_body(exc.errors(include_url=False, include_context=False)[0]) from None
+        asked = self._asked(request, body, told)
+        with while_connected(request.receive):
+            if not body.stream:
+                return await self._whole(key, asked, kind, told)
+            events = self._events(key, asked, kind, told)
+            first = await anext(events)
+        return Events(first, events, cut=CUT, ended=lambda: self._tell(told, 200))
+
+    def _asked(self, request: Request, body: ChatBody | CompletionBody, told: _Told) -> GenerationRequest:
+        """What the engine is to be asked. Raises Refused for another model and for what is out of bounds."""
+        bounds = self._bounds
+        if body.model != self._model:
+            message = f"the model {body.model[:100]!r} does not exist here; the one served is {self._model!r}"
+            raise Refused(404, "model", message, param="model", code="model_not_found")
+        asked = body.request(bounds.max_tokens)
+        for name, value, most in (("n", asked.n, bounds.max_n), ("max_tokens", asked.sampling.max_tokens, bounds.max_tokens)):
+            if value > most:
+                raise Refused(422, "field", f"{name}: at most {most} here", param=name)
+        if body.stream and request.scope.get("http_version") == "1.0":
+            raise Refused(422, "field", "stream: HTTP/1.0 knows no answer of unknown length; use HTTP/1.1", param="stream")
+        told.stream, told.n = bool(body.stream), asked.n
+        told.prompt_characters = len(asked.prompt) if asked.prompt is not None else sum(len(m.content) for m in asked.messages or ())
+        if told.prompt_characters > bounds.max_prompt_characters:
+            message = f"the prompt has {told.prompt_characters} characters; at most {bounds.max_prompt_characters} are taken here"
+            param = "prompt" if asked.messages is None else "messages"
+            raise Refused(400, "prompt_too_long", message, param=param, code="context_length_exceeded")
+        return asked
+
+    async def _take(self, told: _Told) -> None:
+        """Wait for a place at the engine. Raises QueueFull."""
+        if self._slots is None:  # belongs to the event loop
+            b = self._bounds
+            self._slots = Slots(b.max_in_flight, b.max_queue, b.queue_s, tell=self._meters.queue.inc)
+        began = time.perf_counter()
+        told.queued = await self._slots.take()
+        told.queue_s = time.perf_counter() - began
+
+    def _give(self) -> None:
+        assert self._slots is not None
+        self._slots.give()
+
+    async def _whole(self, key: Key, asked: GenerationRequest, kind: type[ChatBody] | type[CompletionBody], told: _Told) -> Response:
+        lease = self._counts.hold(key, asked)
+        try:
+            await self._take(told)
+            began = time.perf_counter()
+            try:
+                completions = await self._engine.generate(asked)
+            finally:
+                told.engine_s = time.perf_counter() - began
+                self._give()
+            told.completion_characters = sum([len(c.text) for c in completions])
+        finally:
+            self._counts.settle(lease, told.completion_characters)
+        used = usage(asked, completions) if self._with_usage else None
+        answer = (chat_completion if kind is ChatBody else text_completion)(self._model, completions, used)
+        return Response(answer, media_type="application/json")
+
+    async def _events(
+        self, key: Key, asked: GenerationRequest, kind: type[ChatBody] | type[CompletionBody], told: _Told
+    ) -> AsyncGenerator[bytes, None]:
+        """The events of a streamed answer. Raises what the engine raises before the first of them; later that is an event, the last."""
+        chat = kind is ChatBody
+        head = {
+            "id": new_id("chatcmpl" if chat else "cmpl"),
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": self._model,
+        }
+        begun = False
+
+        def event(index: int, text: str, finish_reason: str | None = None, *, first: bool = False) -> bytes:
+            nonlocal begun
+            begun = True
+            said: dict[str, Any] = {"text": text}
+            if chat:
+                said = {"delta": {"role": "assistant", "content": ""} if first else {} if finish_reason else {"content": text}}
+            return _event(head | {"choices": [{"index": index, **said, "finish_reason": finish_reason}]})
+
+        words: dict[int, Words] = {}
+        try:
+            lease = self._counts.hold(key, asked)
+            try:
+                await self._take(told)
+                stream = pieces(self._engine, asked)
+                try:
+                    while True:
+                        began = time.perf_counter()
+                        piece = await anext(stream, None)
+                        told.engine_s += time.perf_counter() - began
+                        if piece is None:
+                            break
+                        index, text, reason = piece
+                        told.completion_characters += len(text)
+                        said = []
+                        if index not in words:
+                            words[index] = Words()
+                            if chat:
+                                said.append(event(index, "", first=True))
+                        said += [event(index, word) for word in words[index].add(text)]
+                        if reason:
+                            if rest := words[index].rest():
+                                said.append(event(index, rest))
+                            said.append(event(index, "", reason))
+                        if said:
+                            yield b"".join(said)
+                finally:
+                    await stream.aclose()
+                    self._give()
+            finally:
+                self._counts.settle(lease, told.completion_characters)
+            yield b"data: [DONE]\n\n"
+        except DistillError as exc:
+            if not begun:
+                raise
+            told.reason = reason_of(exc)
+            yield _event(problem_body(exc))
+
+    def _tell(self, told: _Told, status: int) -> None:
+        seconds = time.perf_counter() - told.began
+        own_s = seconds - told.body_s - told.queue_s - told.engine_s
+        meters = self._meters
+        if told.reason is not None:
+            meters.refused(told.reason)
+        if told.engine_s:  # it was asked
+            meters.engine_s.observe(told.engine_s)
+            if told.queued:
+                meters.queue_s.observe(told.queue_s)
+            if not told.stream:  # else the caller's reading would count as ours
+                meters.own_s.observe(own_s)
+            meters.prompt.inc(told.prompt_characters)
+            meters.completion.inc(told.completion_characters)
+        if log.isEnabledFor(logging.INFO):
+            fields = {
+                "id": told.id,
+                "route": told.route,
+                "key": told.key,
+                "status": status,
+                "reason": told.reason,
+                "stream": told.stream,
+                "n": told.n,
+                "prompt_characters": told.prompt_characters,
+                "completion_characters": told.completion_characters,
+                "seconds": round(seconds, 4),
+                "engine_seconds": round(told.engine_s, 4),
+                "queue_seconds": round(told.queue_s, 4),
+            }
+            log.info("request", extra={"fields": fields})
+
+
+def _header(request: Request, name: bytes) -> str | None:
+    """The first header of this name; Starlette's own mapping decodes all of them for each question."""
+    for key, value in request.scope["headers"]:
+        if key == name:
+            return str(value, "latin-1")
+    return None
+
+
+async def read_body(request: Request, *, limit: int, timeout_s: float) -> bytes:
+    """The bytes of a JSON body. Raises Refused for one that is of another kind, larger than `limit` bytes or slower than `timeout_s`."""
+    kind, _, parameters = (_header(request, b"content-type") or "").partition(";")
+    charset = parameters.strip().lower().removeprefix("charset=").strip('"')
+    if kind.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
+        raise Refused(415, "content_type", "send JSON in UTF-8, with the header content-type: application/json")
+    if (_header(request, b"content-encoding") or "identity").lower() != "identity":
+        raise Refused(415, "content_encoding", "send the body as it is: compressed ones are not taken")
+    too_large = Refused(413, "body_too_large", f"the body is larger than {limit} bytes, the most that is taken here")
+    length = _header(request, b"content-length") or ""
+    if length.isdigit() and int(length) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft
+                body += message.get("body", b"")
+                if len(body) > limit:
+                    raise too_large
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        raise Refused(408, "body_too_slow", f"the body did not come within {timeout_s:g} s") from None
+
+
+def _event(content: Any) -> bytes:
+    text = bytes(to_json(content))
+    return b"data: " + text + b"\n\n"
+
+
+CUT = _event({"error": {"message": "this service is shutting down; try again", "type": "server_error", "param": None, "code": None}})
+"""The last event of a stream that a server cuts because it must end."""
