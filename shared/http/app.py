@@ -98,6 +98,7 @@ def create_app(
         keys=keys.required,
         max_n=bounds.max_n,
         max_tokens=bounds.max_tokens,
+        max_messages=bounds.max_messages,
         max_prompt_characters=bounds.max_prompt_characters,
         max_body_bytes=bounds.max_body_bytes,
     )
@@ -145,7 +146,7 @@ def create_app(
         except NotReady as exc:
             return JSONResponse({"status": "not ready", "reason": str(exc)}, 503)
         except (DistillError, TimeoutError) as exc:
-            log.warning("not ready: %s", str(exc) or f"no answer within {READY_S:g} s")
+            log.info("not ready: %s", str(exc) or f"no answer within {READY_S:g} s")
             silent = isinstance(exc, (TeacherUnavailable, TimeoutError))
             reason = "the model does not answer" if silent else "the model refuses to answer"
             return JSONResponse({"status": "not ready", "reason": reason}, 503)

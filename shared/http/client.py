@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ from shared.errors import RequestRefused, SettingsError, TeacherRejected, Teache
 
 MAX_WAIT_S = 60.0
 """Longest pause between two attempts, whatever a Retry-After asks for (it may be a day)."""
+LONGEST_S = 7 * 86_400.0
+"""What is made of a Retry-After that says never."""
 FIRST_WAIT_S = 0.5
 """Upper bound of the first pause; it doubles with every attempt, and the pause is drawn from all below it (full jitter)."""
 CONNECTIONS = 1024
@@ -229,4 +232,4 @@ def retry_after(header: str | None) -> float | None:
         if when.tzinfo is None:
             when = when.replace(tzinfo=UTC)
         seconds = (when - datetime.now(UTC)).total_seconds()
-    return min(max(seconds, 0.0), MAX_WAIT_S) if seconds == seconds else None  # NaN
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), LONGEST_S)

@@ -41,6 +41,8 @@ class BoundedProtocol(HttpToolsProtocol):
     """Bytes since the last of a body or the last end of a message: of headers, of trailers, of what frames chunks."""
     _brought = False
     """Some of a body was within the bytes that are being read."""
+    _between = True
+    """Nothing of a request has come since the last one."""
     _completed = False
     """A message has ended within the bytes that are being read."""
     _running: RequestResponseCycle | None = None
@@ -58,11 +60,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._completed = False
         if self._in_head:
-            if not self._head_bytes and not data.strip(b"\r\n"):
+            if self._between and not data.strip(b"\r\n"):
                 return  # some clients end a body with an empty line that is not counted
             if self._deadline is None:
                 self._start_clock()
-            if not self._head_bytes:
+            if self._between:
                 data = _without_upgrade(data)
         self._brought = False
         super().data_received(data)
@@ -93,6 +95,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
+        if self._running is not None and not self._running.response_complete:
+            self.transport.abort()  # the answer would pass for that of the request before
+            return
         body = to_json({"error": {"message": self._complaint, "type": "invalid_request_error", "param": None, "code": None}})
         head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % len(body) + body)
@@ -100,9 +105,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._in_head = self._completed = True
+        self._in_head = self._between = self._completed = True
         self._head_bytes = 0
         self._stop_clock()
+        if self.cycle.response_complete and not self.pipeline and self.timeout_keep_alive_task is None:
+            # it was answered before its body had come; uvicorn has stopped its own clock since
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def on_message_begin(self) -> None:
+        self._between = False
+        super().on_message_begin()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -161,12 +173,15 @@ def _without_upgrade(data: bytes) -> bytes:
     return _UPGRADE.sub(b"", head) + end + rest
 
 
-def bounded() -> type[BoundedProtocol]:
-    """The protocol, for as many connections as this process may hold: it takes all the open files that it is allowed."""
+def bounded(spare: int) -> type[BoundedProtocol]:
+    """The protocol, for as many connections as this process may hold, which takes all the open files that it is allowed.
+
+    `spare`: files beside SPARE_FILES that something else needs.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    most = max(64, soft - SPARE_FILES)
+    most = max(64, soft - SPARE_FILES - spare)
     fields: dict[str, Any] = {"most": most}
     return type("Protocol", (BoundedProtocol,), fields)

@@ -18,7 +18,7 @@ from shared.contracts import GenerationRequest
 from shared.engines import Engine, pieces
 from shared.errors import DistillError, TeacherUnavailable
 from shared.http.keys import Key, Keys
-from shared.http.limits import Counts, Slots
+from shared.http.limits import Counts, QueueFull, Slots
 from shared.http.metrics import Meters
 from shared.http.problems import Refused, error_answer, problem, problem_body, reason_of, wrong_body
 from shared.http.streaming import ClientLeft, Events, Words, while_connected
@@ -38,12 +38,21 @@ class Bounds:
     max_tokens: int = 4096
     body_s: float = 30.0
     """Seconds in which a body must have come."""
+    max_unread_bytes: int = 256 << 20
+    """Of all bodies together that have begun to come and are not complete."""
+    stream_s: float = 600.0
+    """Seconds that a streamed answer may take in all: who reads slowly holds a place at the engine."""
     max_in_flight: int = 1024
     """Requests at the engine; others wait."""
     max_queue: int = 1024
     """Requests that wait; others are refused."""
     queue_s: float = 60.0
     """Seconds that a request may wait."""
+
+    @property
+    def max_messages(self) -> int:
+        """Turns of one chat: empty ones cost an engine as well."""
+        return min(1000, self.max_body_bytes // 64)
 
 
 @dataclass
@@ -73,6 +82,8 @@ class Face:
         self._engine, self._model, self._keys, self._counts = engine, model, keys, counts
         self._bounds, self._meters, self._with_usage = bounds, meters, with_usage
         self._slots: Slots | None = None
+        self._unread = 0
+        """Bytes of bodies that are not complete."""
 
     def known(self, request: Request) -> Key:
         """Whose request this is. Raises Unauthorised, Forbidden."""
@@ -91,7 +102,7 @@ class Face:
             response = problem(TeacherUnavailable("shutting down"))
         except DistillError as exc:
             told.reason = reason_of(exc)
-            response = problem(exc)
+            response = problem(exc, told.id)
         except Exception:
             log.exception("an error in this service, at request %s", told.id)
             told.reason = "error"
@@ -106,7 +117,7 @@ class Face:
         told.key = key.name
         self._counts.ask(key)
         asked_for = time.perf_counter()
-        raw = await read_body(request, limit=self._bounds.max_body_bytes, timeout_s=self._bounds.body_s)
+        raw = await self._body(request)
         told.body_s = time.perf_counter() - asked_for
         try:
             body = kind.model_validate_json(raw)
@@ -118,7 +129,37 @@ class Face:
                 return await self._whole(key, asked, kind, told)
             events = self._events(key, asked, kind, told)
             first = await anext(events)
-        return Events(first, events, cut=CUT, ended=lambda: self._tell(told, 200))
+
+        def ended(reason: str | None) -> None:
+            told.reason = told.reason or reason
+            self._tell(told, 200)
+
+        return Events(first, events, cut=CUT, most_s=self._bounds.stream_s, ended=ended)
+
+    async def _body(self, request: Request) -> bytes:
+        """The bytes of a JSON body. Raises Refused for one that is of another kind, too large or too slow, QueueFull if too many come."""
+        bounds = self._bounds
+        most = refuse_unread(request, bounds.max_body_bytes)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(bounds.body_s):
+                while True:
+                    message = await request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientLeft
+                    part = message.get("body", b"")
+                    if len(body) + len(part) > bounds.max_body_bytes:
+                        raise most
+                    if not message.get("more_body", False):
+                        return bytes(body + part) if body else part
+                    body += part
+                    self._unread += len(part)
+                    if self._unread > bounds.max_unread_bytes:
+                        raise QueueFull("too many large bodies are coming in; try again", retry_after_s=1.0)
+        except TimeoutError:
+            raise Refused(408, "body_too_slow", f"the body did not come within {bounds.body_s:g} s") from None
+        finally:
+            self._unread -= len(body)
 
     def _asked(self, request: Request, body: ChatBody | CompletionBody, told: _Told) -> GenerationRequest:
         """What the engine is to be asked. Raises Refused for another model and for what is out of bounds."""
@@ -126,6 +167,8 @@ class Face:
         if body.model != self._model:
             message = f"the model {body.model[:100]!r} does not exist here; the one served is {self._model!r}"
             raise Refused(404, "model", message, param="model", code="model_not_found")
+        if isinstance(body, ChatBody) and len(body.messages) > bounds.max_messages:
+            raise Refused(422, "field", f"messages: at most {bounds.max_messages} turns here", param="messages")
         asked = body.request(bounds.max_tokens)
         for name, value, most in (("n", asked.n, bounds.max_n), ("max_tokens", asked.sampling.max_tokens, bounds.max_tokens)):
             if value > most:
@@ -219,8 +262,10 @@ class Face:
                         if said:
                             yield b"".join(said)
                 finally:
-                    await stream.aclose()
-                    self._give()
+                    try:
+                        await stream.aclose()
+                    finally:
+                        self._give()
             finally:
                 self._counts.settle(lease, told.completion_characters)
             yield b"data: [DONE]\n\n"
@@ -228,7 +273,7 @@ class Face:
             if not begun:
                 raise
             told.reason = reason_of(exc)
-            yield _event(problem_body(exc))
+            yield _event(problem_body(exc, told.id))
 
     def _tell(self, told: _Told, status: int) -> None:
         seconds = time.perf_counter() - told.began
@@ -270,8 +315,8 @@ def _header(request: Request, name: bytes) -> str | None:
     return None
 
 
-async def read_body(request: Request, *, limit: int, timeout_s: float) -> bytes:
-    """The bytes of a JSON body. Raises Refused for one that is of another kind, larger than `limit` bytes or slower than `timeout_s`."""
+def refuse_unread(request: Request, limit: int) -> Refused:
+    """Raises Refused for a body whose headers say that it is no JSON or too large; returns the error for one that turns out to be."""
     kind, _, parameters = (_header(request, b"content-type") or "").partition(";")
     charset = parameters.strip().lower().removeprefix("charset=").strip('"')
     if kind.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
@@ -282,20 +327,7 @@ async def read_body(request: Request, *, limit: int, timeout_s: float) -> bytes:
     length = _header(request, b"content-length") or ""
     if length.isdigit() and int(length) > limit:
         raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(timeout_s):
-            while True:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientLeft
-                body += message.get("body", b"")
-                if len(body) > limit:
-                    raise too_large
-                if not message.get("more_body", False):
-                    return bytes(body)
-    except TimeoutError:
-        raise Refused(408, "body_too_slow", f"the body did not come within {timeout_s:g} s") from None
+    return too_large
 
 
 def _event(content: Any) -> bytes:

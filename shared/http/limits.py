@@ -31,6 +31,10 @@ class Exhausted(TeacherBusy):
         self.limit = limit
 
 
+class OverADay(RequestRefused):
+    """A request for more than its key may have in a whole day: 400, since no waiting helps."""
+
+
 class QueueFull(TeacherBusy):
     """The server has as many requests as it takes, waiting ones included: 429."""
 
@@ -104,7 +108,7 @@ class Counts:
             d[at] = (place + 1) % limit
 
     def hold(self, key: Key, request: GenerationRequest) -> Lease:
-        """Reserve what a request may generate. Raises Exhausted, and RequestRefused if it is more than a whole day's."""
+        """Reserve what a request may generate. Raises Exhausted, and OverADay if it is more than a whole day's."""
         at, limits = self._start[key.index], key.limits
         held = at + 3
         wish = request.n * request.sampling.max_tokens * CHARACTERS_A_TOKEN if limits.characters_per_day else 0
@@ -114,7 +118,7 @@ class Counts:
                 raise Exhausted("concurrent_requests", f"this API key may ask {many} requests at a time", retry_after_s=1.0)
             if limits.characters_per_day is not None:
                 if wish > limits.characters_per_day:
-                    raise RequestRefused(
+                    raise OverADay(
                         f"this request may generate {wish} characters ({CHARACTERS_A_TOKEN} a token), and this API key "
                         f"{limits.characters_per_day} a day: lower n or max_tokens"
                     )
@@ -122,6 +126,12 @@ class Counts:
                 left = limits.characters_per_day - d[at + 2] - sum(d[held + self._workers : held + 2 * self._workers])
                 if wish > left:
                     most, unused = limits.characters_per_day, max(0, int(left))
+                    if wish <= most - d[at + 2]:
+                        raise Exhausted(
+                            "characters_reserved",
+                            f"this API key may generate {most} characters a day (UTC); requests under way have reserved what is left",
+                            retry_after_s=1.0,
+                        )
                     raise Exhausted(
                         "characters_per_day",
                         f"this API key may generate {most} characters a day (UTC) and has {unused} left; this request reserves {wish} "

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from shared.errors import DistillError, RequestRefused, TeacherBusy, TeacherFailed, TeacherLate, TeacherRejected, TeacherUnavailable
 from shared.http.keys import Forbidden, Unauthorised
-from shared.http.limits import Exhausted, QueueFull
+from shared.http.limits import Exhausted, OverADay, QueueFull
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,17 @@ def reason_of(exc: DistillError) -> str:
             return exc.reason
         case Exhausted():
             return exc.limit
-        case Unauthorised() | Forbidden() | QueueFull() | NotReady() | RequestRefused() | TeacherBusy() | TeacherLate() | TeacherFailed():
+        case (
+            Unauthorised()
+            | Forbidden()
+            | OverADay()
+            | QueueFull()
+            | NotReady()
+            | RequestRefused()
+            | TeacherBusy()
+            | TeacherLate()
+            | TeacherFailed()
+        ):
             return REASONS[type(exc)]
         case TeacherUnavailable():
             return "engine_unavailable"
@@ -86,6 +96,7 @@ def reason_of(exc: DistillError) -> str:
 REASONS: dict[type[DistillError], str] = {
     Unauthorised: "no_key",
     Forbidden: "key_revoked",
+    OverADay: "characters_per_day",
     QueueFull: "queue_full",
     NotReady: "not_ready",
     RequestRefused: "engine_refused",
@@ -95,8 +106,9 @@ REASONS: dict[type[DistillError], str] = {
 }
 
 
-def problem(exc: DistillError) -> JSONResponse:
-    """The response to an error. What an engine says of itself is logged, not told."""
+def problem(exc: DistillError, request_id: str = "-") -> JSONResponse:
+    """The response to an error. What an engine says of itself is logged, under the request's id, and not told."""
+    about = {"fields": {"id": request_id}}
     match exc:
         case Refused():
             unread = {"connection": "close"} if exc.status == 408 else None
@@ -110,35 +122,36 @@ def problem(exc: DistillError) -> JSONResponse:
             return error_answer(429, str(exc), code=code, headers=_retry_after(exc))
         case QueueFull():
             return error_answer(429, str(exc), code="rate_limit_exceeded", headers=_retry_after(exc))
+        case OverADay():
+            return error_answer(400, str(exc), param="max_tokens", code="insufficient_quota")
         case RequestRefused():
             return error_answer(400, str(exc), code="context_length_exceeded" if exc.too_long else None)
         case NotReady():
             return error_answer(503, str(exc), headers=_retry_after(exc))
         case TeacherBusy():
-            log.warning("busy: %s", exc)
-            return error_answer(
-                429, "the model takes no more requests now; try again", code="rate_limit_exceeded", headers=_retry_after(exc)
-            )
+            log.warning("busy: %s", exc, extra=about)
+            later = _retry_after(exc) or {"retry-after": "1"}  # a 429 always says when
+            return error_answer(429, "the model takes no more requests now; try again", code="rate_limit_exceeded", headers=later)
         case TeacherLate():
-            log.warning("late: %s", exc)
+            log.warning("late: %s", exc, extra=about)
             return error_answer(504, "the model did not answer in time")
         case TeacherFailed():
-            log.warning("failed: %s", exc)
+            log.warning("failed: %s", exc, extra=about)
             return error_answer(502, "the model failed to answer; try again")
         case TeacherUnavailable():
-            log.warning("unavailable: %s", exc)
+            log.warning("unavailable: %s", exc, extra=about)
             return error_answer(503, "the model is not available now; try again", headers=_retry_after(exc))
         case TeacherRejected():
-            log.error("rejected: %s", exc)
+            log.error("rejected: %s", exc, extra=about)
             return error_answer(502, "the model behind this service refuses to answer; its operator must look")
         case _:
-            log.error("%s: %s", type(exc).__name__, exc)
+            log.error("%s: %s", type(exc).__name__, exc, extra=about)
             return error_answer(500, "the model failed to answer")
 
 
-def problem_body(exc: DistillError) -> Any:
+def problem_body(exc: DistillError, request_id: str) -> Any:
     """The body of the response to an error."""
-    return json.loads(bytes(problem(exc).body))
+    return json.loads(bytes(problem(exc, request_id).body))
 
 
 def _retry_after(exc: TeacherUnavailable) -> dict[str, str]:

@@ -28,7 +28,7 @@ WITH_RETRY_AFTER = (429, 503)
 
 
 def describe(
-    *, title: str, model: str, keys: bool, max_n: int, max_tokens: int, max_prompt_characters: int, max_body_bytes: int
+    *, title: str, model: str, keys: bool, max_n: int, max_tokens: int, max_messages: int, max_prompt_characters: int, max_body_bytes: int
 ) -> dict[str, Any]:
     """The OpenAPI document of a server that answers to the name `model`, with its limits. `keys`: whether it asks for them."""
     bodies, answers = (ChatBody, CompletionBody), (ChatCompletion, ChatChunk, TextCompletion, TextChunk, ErrorAnswer)
@@ -47,6 +47,7 @@ def describe(
     schemas["Turn"]["properties"]["content"]["maxLength"] = max_prompt_characters
     # either name of the bound; null is as good as absent
     both = {"properties": {name: {"type": "integer"} for name in ("max_tokens", "max_completion_tokens")}}
+    schemas["ChatBody"]["properties"]["messages"]["maxItems"] = max_messages
     schemas["ChatBody"]["properties"]["messages"]["contains"] = {"required": ["content"], "properties": {"content": {"pattern": r"\S"}}}
     schemas["ChatBody"]["not"] = both | {"required": ["max_tokens", "max_completion_tokens"]}
 

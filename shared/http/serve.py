@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import logging
 import os
 import signal
 import socket
@@ -18,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from shared.errors import EngineError, SettingsError
 from shared.http.connections import bounded
-from shared.http.metrics import Measured, exposed, told_of
+from shared.http.metrics import Measured, exposed, forget_process, told_of
 from shared.http.workers import supervise
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 DRAIN_S = 7
 """Seconds that requests in flight get to finish after a signal to stop: container engines kill 10 s after theirs."""
+GC_THRESHOLDS = (10_000, 20, 20)
+"""Python's own look for garbage after every 700 objects, which takes a tenth of a server's time."""
 KEEP_ALIVE_S = 30
 """Seconds that a connection stays open between two requests: longer than clients keep theirs, else they meet a closed one."""
 
@@ -43,10 +47,15 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # a batch under way or a model being loaded is a thread, which nothing else ends before it is done
-        end = threading.Timer(self.drain_s + 1, os._exit, [0])
+        end = threading.Timer(self.drain_s + 1, _end)
         end.daemon = True
         end.start()
         await super().shutdown(sockets)
+
+
+def _end() -> None:
+    logging.shutdown()
+    os._exit(0)
 
 
 def serve(
@@ -61,6 +70,7 @@ def serve(
     drain_s: int | None = None,
     workers: int = 1,
     counts: Counts | None = None,
+    spare_files: int = 0,
 ) -> int:
     """Serve until SIGTERM or Ctrl-C, finish what is in flight, return 0. Port 0 picks a free one.
 
@@ -69,7 +79,7 @@ def serve(
     Prints "NAME: listening on URL" once it does. `until_stdin_closes`: end as well when the process that started this one
     is gone, so that no server outlives it. `metrics_port`: count and time requests, and tell the numbers of `registry` there, on the
     same host, in a second line "NAME: metrics on URL" (see metrics.py). `workers`: processes that answer; one that dies is replaced,
-    and gives back what it held in `counts`.
+    and gives back what it held in `counts`. `spare_files`: connections that the engine may need itself.
     Raises SettingsError if an address cannot be had, EngineError if startup fails.
     """
     drain_s = DRAIN_S if drain_s is None else drain_s
@@ -83,15 +93,30 @@ def serve(
         if url:
             announcement += f"\n{name}: metrics on {url}"
         if workers == 1:
-            _run(application, listeners[0], name=name, announcement=announcement, drain_s=drain_s, until_stdin_closes=until_stdin_closes)
+            _run(
+                application,
+                listeners[0],
+                name=name,
+                announcement=announcement,
+                drain_s=drain_s,
+                spare_files=spare_files,
+                until_stdin_closes=until_stdin_closes,
+            )
             return 0
 
         def work(index: int) -> None:
+            for other in listeners[:index] + listeners[index + 1 :]:
+                other.close()  # else it would still be open when its own worker has stopped to accept
             if counts is not None:
                 counts.worker = index
-            _run(application, listeners[index], name=name, announcement="", drain_s=drain_s)
+            _run(application, listeners[index], name=name, announcement="", drain_s=drain_s, spare_files=spare_files)
 
-        def died(index: int) -> None:
+        def stop_listening() -> None:
+            for listener in listeners:
+                listener.close()
+
+        def died(index: int, pid: int) -> None:
+            forget_process(pid)
             if counts is not None:
                 counts.forget(index)
 
@@ -100,17 +125,27 @@ def serve(
             workers,
             started=lambda: print(announcement, flush=True),
             died=died,
+            stopping=stop_listening,
             end_s=drain_s + 2,
             until_stdin_closes=until_stdin_closes,
         )
     return 0
 
 
-def _run(app: ASGIApp, listener: socket.socket, *, name: str, announcement: str, drain_s: int, until_stdin_closes: bool = False) -> None:
+def _run(
+    app: ASGIApp,
+    listener: socket.socket,
+    *,
+    name: str,
+    announcement: str,
+    drain_s: int,
+    spare_files: int,
+    until_stdin_closes: bool = False,
+) -> None:
     """Serve in this process until it is told to stop."""
     config = uvicorn.Config(
         app,
-        http=bounded(),
+        http=bounded(spare_files),
         ws="none",
         log_config=None,
         access_log=False,
@@ -130,7 +165,11 @@ def _run(app: ASGIApp, listener: socket.socket, *, name: str, announcement: str,
         signal.signal(number, stop)
     if until_stdin_closes:
         call_at_end_of_stdin(stop)
+    gc.collect()
+    gc.freeze()  # what is there now stays: it need not be looked through again and again
+    gc.set_threshold(*GC_THRESHOLDS)
     server.run(sockets=[listener])
+    logging.shutdown()
     if not server.started and not server.should_exit:
         raise EngineError(f"{name}: the server did not start; its log tells why")
 

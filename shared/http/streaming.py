@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -14,8 +13,11 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 RUN = 12
-"""Characters without white space after which a piece ends: of a long word, or of a language that does not part its words."""
-_PIECE = re.compile(rf"\s*(?:\S{{{RUN}}}|\S+(?=\s))")
+"""Characters after which a piece ends: of a long word, of a language that does not part its words, or of blanks alone."""
+CUT_S = 1.0
+"""Seconds that the last event of a stream that is cut may take."""
+# bounded in every direction: no run is looked at twice
+_PIECE = re.compile(rf"\s{{{RUN}}}|\s{{0,{RUN - 1}}}(?:\S{{{RUN}}}|\S+(?=\s))")
 
 
 class ClientLeft(Exception):
@@ -77,13 +79,15 @@ class Events(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None], *, cut: bytes, ended: Callable[[], None]) -> None:
+    def __init__(
+        self, first: bytes, events: AsyncGenerator[bytes, None], *, cut: bytes, most_s: float, ended: Callable[[str | None], None]
+    ) -> None:
         """`first`: what is sent before all `events`; `cut`: what is sent as the last one if the server must end meanwhile.
 
-        `ended` is called after the last event or when the client has left.
+        `most_s`: seconds for all of it, however slowly the client reads. `ended` is called at the end, with the reason if it came early.
         """
         super().__init__()
-        self._first, self._events, self._cut, self._ended = first, events, cut, ended
+        self._first, self._events, self._cut, self._most_s, self._ended = first, events, cut, most_s, ended
         self.raw_headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,16 +95,23 @@ class Events(Response):
             await send({"type": "http.response.body", "body": event, "more_body": True})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        reason = None
         try:
-            with suppress(ClientLeft):
-                try:
+            try:
+                async with asyncio.timeout(self._most_s):
                     with while_connected(receive):
                         await say(self._first)
                         async for event in self._events:
                             await say(event)
-                except asyncio.CancelledError:
+            except asyncio.CancelledError:
+                reason = "shutting_down"
+                async with asyncio.timeout(CUT_S):
                     await say(self._cut)
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientLeft:
+            reason = "client_left"
+        except TimeoutError:  # what is not completed, the server closes
+            reason = reason or "slow_reader"
         finally:
             await self._events.aclose()
-            self._ended()
+            self._ended(reason)

@@ -18,7 +18,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-StopText = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Text = Annotated[str, Field(pattern=r"\S")]
 CHAT_TOKENS = 256
 """Most tokens of a chat's answer whose length the caller does not bound."""

@@ -23,15 +23,16 @@ def supervise(
     workers: int,
     *,
     started: Callable[[], None],
-    died: Callable[[int], None],
+    died: Callable[[int, int], None],
     end_s: float,
+    stopping: Callable[[], None],
     until_stdin_closes: bool = False,
 ) -> None:
     """Run `work(i)` in `workers` processes forked from this one, until SIGTERM or SIGINT; then let them end, for `end_s` seconds at most.
 
-    `work` runs until SIGTERM; its process ends with it. `started` is called once all have been started, `died(i)` before a worker that
-    died takes up its work again. `until_stdin_closes`: end as well when standard input does. Raises EngineError if workers die as soon as
-    they start.
+    `work` runs until SIGTERM; its process ends with it. `started` is called once all have been started, `died(i, pid)` before a worker that
+    died takes up its work again, `stopping` before those that live are told to end. `until_stdin_closes`: end as well when standard input
+    does. Raises EngineError if workers die as soon as they start.
     """
     lifeline, held = os.pipe()  # a worker reads the end of its parent from it
     woken, wake = os.pipe()
@@ -65,14 +66,14 @@ def supervise(
             sys.stderr.flush()
             os._exit(code)
 
-    def reap() -> list[tuple[int, int, float]]:
-        """Workers that have ended: index, exit status, seconds they lived."""
+    def reap() -> list[tuple[int, int, int, float]]:
+        """Workers that have ended: index, process id, exit status, seconds they lived."""
         ended = []
         for pid, (index, since) in list(running.items()):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 del running[pid]
-                ended.append((index, status, time.monotonic() - since))
+                ended.append((index, pid, status, time.monotonic() - since))
         return ended
 
     try:
@@ -83,7 +84,7 @@ def supervise(
         while not stop:
             ready, _, _ = select.select([woken, *stdin], [], [], 1.0)
             stop = any(number in (signal.SIGTERM, signal.SIGINT) for number in _drained(woken)) or (0 in ready and not os.read(0, 4096))
-            for index, status, lived in reap():
+            for index, pid, status, lived in reap():
                 if stop:
                     continue
                 early = early + 1 if lived < SOON_S else 0
@@ -91,9 +92,10 @@ def supervise(
                 print(f"worker {index} died ({how}); another takes its place", file=sys.stderr, flush=True)
                 if early > MOST_EARLY_DEATHS:
                     raise EngineError("the workers die as soon as they start; what they said stands above")
-                died(index)
+                died(index, pid)
                 start(index)
     finally:
+        stopping()
         for pid in running:
             os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + end_s

@@ -81,11 +81,10 @@ HURRIED = """
 import asyncio, sys
 from shared.contracts import Completion
 from shared.engines.scripted import ScriptedEngine
-from shared.http import connections, streaming
+from shared.http import connections, serve as serving
 from shared.http.app import create_app
 from shared.http.face import Bounds
 from shared.http.logs import configure
-from shared.http.serve import serve
 
 class Loquacious(ScriptedEngine):
     "Takes its time for `slow` prompts, and answers `long` ones at length."
@@ -100,10 +99,10 @@ class Loquacious(ScriptedEngine):
         return await super().generate(request)
 
 connections.HEADERS_S = connections.UNREAD_S = 1.0
-streaming.SEND_S = 1.0
+serving.KEEP_ALIVE_S = 4
 configure("info")
 app = create_app(Loquacious(), model="teacher", title="Teacher", bounds=Bounds(body_s=1.0))
-sys.exit(serve(app, host="127.0.0.1", port=0, name="test", drain_s=1))
+sys.exit(serving.serve(app, host="127.0.0.1", port=0, name="test", drain_s=1))
 """
 """A server whose patience with slow clients is a second, so that tests need not wait longer."""
 
@@ -448,6 +447,26 @@ def test_clients_that_leave_while_they_wait_leave_their_places_to_others(tmp_pat
                 texts = [text_of(answer) for connection in waiting for answer in read_answers(connection)]
             assert texts == [f"What should I know about {word(number)}?" for number in range(8)]
         assert gateway.complaints() == []
+
+
+def test_a_connection_that_was_answered_before_its_body_came_is_closed_when_it_is_idle(hurried: Gateway) -> None:
+    with closing(hurried.connect()) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n")
+        assert [answer.status for answer in read_answers(connection, most=1)] == [200]
+        time.sleep(0.3)
+        connection.sendall(b"hello")
+        connection.settimeout(20)
+        assert connection.recv(65536) == b""
+
+
+def test_a_head_that_comes_in_parts_behind_another_request_loses_none_of_its_line_ends(scripted: Gateway) -> None:
+    head, _, body = post(MODEST_BODY).partition(b"\r\n\r\n")
+    with closing(scripted.connect()) as connection:
+        connection.sendall(post(MODEST_BODY, close=False) + head)
+        for part in (b"\r\n", b"\r\n", body):
+            time.sleep(0.2)
+            connection.sendall(part)
+        assert [text_of(answer) for answer in read_answers(connection)] == [ANSWER, ANSWER]
 
 
 def test_a_client_that_gives_its_headers_by_the_byte_is_closed_and_holds_up_nobody(hurried: Gateway) -> None:

@@ -275,6 +275,7 @@ def test_a_full_queue_is_said_at_once() -> None:
         ({"max_tokens": 20}, {"max_tokens": 21}, 422, "max_tokens"),
         ({"max_prompt_characters": 5}, {"prompt": "123456"}, 400, "prompt"),
         ({"max_body_bytes": 100}, {"prompt": "x" * 100}, 413, None),
+        ({}, {"stop": "x" * 1001}, 422, "stop"),
     ],
 )
 def test_what_is_out_of_bounds_is_refused_with_the_bound(
@@ -283,9 +284,45 @@ def test_what_is_out_of_bounds_is_refused_with_the_bound(
     response = posted(PLAIN, change, bounds=Bounds(**bounds))  # type: ignore[arg-type]
     assert response.status_code == status
     assert error(response)["param"] == param
-    assert str(next(iter(bounds.values()))) in error(response)["message"]
+    assert str(next(iter(bounds.values()), 1000)) in error(response)["message"]
     within = {"prompt": "12345"} if "max_prompt_characters" in bounds else {}
     assert posted(PLAIN, within, bounds=Bounds(**bounds)).status_code == 200  # type: ignore[arg-type]
+
+
+def test_a_chat_of_very_many_turns_is_refused() -> None:
+    turns = [{"role": "user", "content": "x"}] * 1001
+    assert error(posted(CHAT, {"messages": turns}))["message"] == "messages: at most 1000 turns here"
+    assert posted(CHAT, {"messages": turns[1:]}).status_code == 200
+
+
+def test_bodies_that_come_in_at_the_same_time_have_a_bound_together() -> None:
+    async def run() -> list[int]:
+        app = create_app(Engine(), model="m", title="T", bounds=Bounds(max_unread_bytes=5000, body_s=1))
+        statuses: list[int] = []
+
+        async def one() -> None:
+            parts = [{"type": "http.request", "body": b" " * 2000, "more_body": True}]
+
+            async def receive() -> Any:
+                if parts:
+                    return parts.pop()
+                await asyncio.sleep(60)
+                raise AssertionError("nobody waits so long")
+
+            async def send(message: Any) -> None:
+                if "status" in message:
+                    statuses.append(message["status"])
+
+            headers = [(b"content-type", b"application/json")]
+            await app({"type": "http", "method": "POST", "path": PLAIN, "headers": headers, "query_string": b""}, receive, send)
+
+        await asyncio.gather(*(one() for _ in range(4)))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gate") as client:
+            statuses.append((await client.post(PLAIN, json=BODIES[PLAIN])).status_code)
+        return statuses
+
+    assert asyncio.run(run()) == [429, 429, 408, 408, 200]
 
 
 def test_the_bound_of_a_prompt_is_that_of_all_turns_together() -> None:

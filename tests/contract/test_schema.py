@@ -23,7 +23,6 @@ from shared.http.app import create_app
 from shared.http.face import Bounds
 from shared.http.keys import KeyEntry, Keys, digest
 from shared.http.problems import NotReady
-from shared.http.problems import NotReady
 from teacher_service.settings import TeacherServiceSettings
 
 KEY, REVOKED, SPENT = "a-key-for-tests-0123456789", "a-revoked-key-0123456789", "a-spent-key-for-0123456789"

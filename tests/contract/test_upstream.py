@@ -40,7 +40,7 @@ class Fake:
 
     def __init__(self, handler: Handler) -> None:
         self.handler, self.bodies, self.headers, self.port, self.listed = handler, [], [], 0, {"data": [{"id": "m"}]}
-        self.listings = 0
+        self.listings, self.models_status = 0, 200
         self._runner: web.AppRunner | None = None
 
     @property
@@ -69,7 +69,7 @@ class Fake:
 
     async def _models(self, request: web.Request) -> web.Response:
         self.listings += 1
-        return web.json_response(self.listed)
+        return web.json_response(self.listed, status=self.models_status)
 
 
 def answers(status: int = 200, body: Any = LEAKY, headers: dict[str, str] | None = None) -> Handler:
@@ -234,8 +234,9 @@ def test_each_status_means_one_thing_and_is_asked_once(status: int, error: type[
     assert "prompt-of-a-caller" not in str(raised)
 
 
-def test_a_retry_after_is_kept() -> None:
+def test_a_retry_after_is_kept_however_long() -> None:
     assert generated(answers(429, headers={"retry-after": "7"}))[0].retry_after_s == 7
+    assert generated(answers(429, headers={"retry-after": "3600"}))[0].retry_after_s == 3600
     assert generated(answers(429))[0].retry_after_s is None
 
 
@@ -244,7 +245,7 @@ def test_a_retry_after_is_kept() -> None:
     [
         ("<html>", TeacherFailed),
         ('{"choices": [{"text": "cut', TeacherFailed),
-        ({"choices": []}, RequestRefused),
+        ({"choices": []}, TeacherFailed),
         ({"choices": [{"finish_reason": "stop"}]}, TeacherRejected),
         ({"choices": [{"text": 4, "finish_reason": "stop"}]}, TeacherRejected),
         ({}, TeacherRejected),
@@ -259,7 +260,7 @@ def test_an_answer_of_another_shape_is_an_error_of_the_server(body: Any, error: 
 def test_a_prompt_too_long_for_the_model_is_told_in_characters_and_not_in_tokens() -> None:
     said = "This model's maximum context length is 2048 tokens. However, your request has 3141 input tokens."
     for listed, room in (
-        ({"data": [{"id": "m", "max_model_len": 2048}]}, "about 6129 of English text fit"),
+        ({"data": [{"id": "m", "max_model_len": 2048}]}, "about 6100 of English text fit"),
         ({"data": [{"id": "m"}]}, "model: "),
     ):
         fake = Fake(answers(400, {"error": {"message": said}}))
@@ -534,3 +535,80 @@ def test_who_asks_often_whether_it_is_ready_does_not_ask_the_servers_as_often(mo
 
     monkeypatch.setattr(upstream, "KEPT_S", 60)
     run(ask)
+
+
+def test_a_server_that_speaks_no_http_is_asked_once_and_neither_its_words_nor_the_key_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    asked = 0
+
+    async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 2x0 your prompt was prompt-of-a-caller\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def ask() -> list[str]:
+        async with await asyncio.start_server(babble, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            engine = UpstreamEngine([f"http://127.0.0.1:{port}/v1"], model="m", api_key="key-of-the-engine")
+            told = []
+            for work in (engine.generate(PLAIN), engine.check()):
+                with pytest.raises((TeacherFailed, TeacherUnavailable)) as raised:
+                    await work
+                told.append(str(raised.value))
+            await engine.aclose()
+            return told
+
+    with caplog.at_level("DEBUG"):
+        told = str(run(ask)) + caplog.text
+    assert asked == 2
+    assert "key-of-the-engine" not in told
+    assert "prompt-of-a-caller" not in told
+
+
+@pytest.mark.parametrize("status", [500, 401, 404, 429])
+def test_a_server_that_fails_at_once_does_not_draw_all_requests_to_itself(status: int) -> None:
+    async def ask() -> None:
+        async def slow(request: web.Request) -> web.StreamResponse:
+            await asyncio.sleep(0.02)
+            return await answers()(request)
+
+        broken, sound = Fake(answers(status)), Fake(slow)
+        async with engine_over(broken, sound) as engine:
+            results = await asyncio.gather(*(engine.generate(PLAIN) for _ in range(4)), return_exceptions=True)
+            failed = sum(isinstance(result, DistillError) for result in results)
+            for _ in range(20):
+                await engine.generate(PLAIN)
+            assert failed <= 2
+            assert len(broken.bodies) == failed
+
+    run(ask)
+
+
+def test_a_server_that_cannot_list_its_models_is_taken_back_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        one, other = Fake(answers()), Fake(answers())
+        one.models_status = 404
+        async with engine_over(one, other) as engine:
+            await one.shut()
+            for _ in range(4):
+                await engine.generate(PLAIN)
+            assert engine.servers[0].aside
+            await one.open()
+            async with asyncio.timeout(5):
+                while engine.servers[0].aside:
+                    await asyncio.sleep(0.02)
+
+    monkeypatch.setattr(upstream, "PROBE_S", 0.1)
+    run(ask)
+
+
+def test_a_stream_that_has_said_all_needs_no_done() -> None:
+    found, error = pieces_of(streams(text_event(0, "a", "stop"), text_event(1, "b", "stop"), end=""))
+    assert (len(found), error) == (2, None)
+
+
+def test_completions_stand_in_the_order_of_their_indices() -> None:
+    choices = [{"index": 1 - i, "text": f"text {1 - i}", "finish_reason": "stop"} for i in range(2)]
+    assert [c.text for c in generated(answers(body={"choices": choices}))[0]] == ["text 0", "text 1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +79,15 @@ def alive(pid: int) -> bool:
         return False
 
 
+def takes_connections(base: str) -> bool:
+    port = int(base.removesuffix("/v1").rpartition(":")[2])
+    try:
+        socket.create_connection(("127.0.0.1", port), 5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 def within(seconds: float, claim: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + seconds
     while not (held := claim()) and time.monotonic() < deadline:
@@ -100,7 +110,7 @@ def test_a_limit_holds_for_all_workers_together_and_their_numbers_are_added_up(s
 
 
 def test_a_killed_worker_is_replaced_and_what_it_held_is_given_back(start: Start) -> None:
-    process, base, _ = start("--concurrent-requests", "2", TEACHER_DELAY_S="3")
+    process, base, metrics = start("--concurrent-requests", "2", TEACHER_DELAY_S="3")
     before = workers_of(process)
     with ThreadPoolExecutor(2) as pool:
         lost = [pool.submit(ask, base) for _ in range(2)]
@@ -113,6 +123,7 @@ def test_a_killed_worker_is_replaced_and_what_it_held_is_given_back(start: Start
                 one.result()
     assert within(10, lambda: len(set(workers_of(process)) - set(before)) == 2)
     assert ask(base) == 200
+    assert numbers(metrics)["distill_http_requests_in_flight"] == 0
     process.send_signal(signal.SIGINT)
     _, complained = process.communicate(timeout=20)
     assert process.returncode == 0
@@ -121,11 +132,12 @@ def test_a_killed_worker_is_replaced_and_what_it_held_is_given_back(start: Start
 
 
 def test_requests_in_flight_are_finished_by_every_worker_before_the_end(start: Start) -> None:
-    process, base, _ = start(TEACHER_DELAY_S="1.5")
+    process, base, _ = start(TEACHER_DELAY_S="3")
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, base) for _ in range(8)]
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
+        assert within(1, lambda: not takes_connections(base))
         assert [one.result() for one in asked] == [200] * 8
     assert process.wait(20) == 0
 

@@ -18,7 +18,7 @@ from prometheus_client.samples import Sample
 
 from shared.engines.scripted import ScriptedEngine
 from shared.http.app import create_app
-from shared.http.metrics import Measured
+from shared.http.metrics import Measured, Meters
 from student_trainer.run_metrics import RunMetrics
 
 MONITORING = Path(__file__).parents[2] / "docker" / "monitoring"
@@ -39,7 +39,7 @@ class Refusing(ScriptedEngine):
 
 
 async def ask(registry: CollectorRegistry) -> None:
-    app = Measured(create_app(Refusing(), model="student", title="Student"), registry)
+    app = Measured(create_app(Refusing(), model="student", title="Student", meters=Meters(registry)), registry)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://student") as client:
         for body in ({}, {"model": "student", "prompt": "Is it flu?"}):
             await client.post("/v1/completions", json=body)

@@ -50,6 +50,12 @@ def test_a_word_is_given_as_soon_as_it_has_ended_and_a_long_one_in_parts() -> No
     assert words.add("x" * RUN) == [" it" + "x" * (RUN - 2)]
 
 
+def test_blanks_without_end_are_given_away_and_not_looked_at_again_and_again() -> None:
+    words = Words()
+    assert "".join(piece for _ in range(10_000) for piece in words.add(" " * 8)) + words.rest() == " " * 80_000
+    assert pieces([" " * (2 * RUN + 1) + "end"]) == [" " * RUN, " " * RUN, " end"]
+
+
 class Client:
     """One ASGI connection: hangs up when told to; keeps what it is sent."""
 
@@ -121,11 +127,11 @@ class Source:
 def test_a_stream_whose_client_leaves_ends_what_it_comes_from() -> None:
     async def run() -> None:
         client, source, told = Client(), Source(), []
-        response = Events(b"first;", source.events(), cut=b"cut;", ended=lambda: told.append(True))
+        response = Events(b"first;", source.events(), cut=b"cut;", most_s=60, ended=told.append)
         asyncio.get_running_loop().call_later(0.05, client.gone.set)
         await response({"type": "http"}, client.receive, client.send)
         assert source.ended
-        assert told == [True]
+        assert told == ["client_left"]
         assert client.body.startswith(b"first;more;")
         assert b"cut;" not in client.body
 
@@ -134,14 +140,29 @@ def test_a_stream_whose_client_leaves_ends_what_it_comes_from() -> None:
 
 def test_a_stream_that_the_server_cuts_says_so_in_its_last_event() -> None:
     async def run() -> None:
-        client, source = Client(), Source()
-        response = Events(b"first;", source.events(), cut=b"cut;", ended=lambda: None)
+        client, source, told = Client(), Source(), []
+        response = Events(b"first;", source.events(), cut=b"cut;", most_s=60, ended=told.append)
         task = asyncio.create_task(response({"type": "http"}, client.receive, client.send))
         await asyncio.sleep(0.03)
         task.cancel()
         await task
         assert source.ended
         assert client.body.endswith(b"cut;")
+        assert told == ["shutting_down"]
         assert client.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+
+    asyncio.run(run())
+
+
+def test_a_client_that_reads_slowly_for_ever_loses_its_place() -> None:
+    class Slow(Client):
+        async def send(self, message: Any) -> None:
+            await asyncio.sleep(0.02)
+
+    async def run() -> None:
+        client, source, told = Slow(), Source(), []
+        await Events(b"first;", source.events(), cut=b"", most_s=0.2, ended=told.append)({"type": "http"}, client.receive, client.send)
+        assert source.ended
+        assert told == ["slow_reader"]
 
     asyncio.run(run())

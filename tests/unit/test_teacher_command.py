@@ -10,7 +10,7 @@ from shared.errors import SettingsError
 from shared.http.keys import digest
 from shared.settings import load_settings
 from teacher_service.app import keys_of
-from teacher_service.main import launched_by, main
+from teacher_service.main import launched_by
 from teacher_service.settings import TeacherServiceSettings
 
 KEY = "alice-key-0123456789-abcdef"
@@ -59,10 +59,15 @@ def test_who_may_ask_must_be_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.delenv("TEACHER_API_KEYS", raising=False)
     with pytest.raises(SettingsError, match=r"distill keygen NAME.*--no-auth"):
         keys_of(settings())
-    (tmp_path / "keys").write_text("")
-    with pytest.raises(SettingsError, match="--no-auth"):  # an empty file is no word of it either
-        keys_of(settings(api_keys_file=str(tmp_path / "keys")))
     assert not keys_of(settings(no_auth=True)).required
+
+
+@pytest.mark.parametrize("text", ["", "# alice: {sha256: ...}\n"])
+def test_a_keys_file_without_keys_opens_nothing_whatever_else_is_said(tmp_path: Path, text: str) -> None:
+    (tmp_path / "keys").write_text(text)
+    for no_auth in (False, True):
+        with pytest.raises(SettingsError, match="no key is in them"):
+            keys_of(settings(api_keys_file=str(tmp_path / "keys"), no_auth=no_auth))
 
 
 def test_keys_come_from_a_variable_and_a_file_together_and_are_asked_for_also_where_no_auth_was_typed(
@@ -79,10 +84,10 @@ def test_keys_come_from_a_variable_and_a_file_together_and_are_asked_for_also_wh
         keys_of(settings(api_keys_file=str(file)))
 
 
-def test_a_weak_key_ends_the_command_before_anything_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weak_key_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_API_KEYS", "alice=sk-1234")
     with pytest.raises(SettingsError, match="alice: too weak"):
-        main(["--engine", "scripted", "--port", "0"])
+        keys_of(settings())
 
 
 def test_several_servers_are_several_flags_or_one_variable_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
