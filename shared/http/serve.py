@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DRAIN_S = 7
 """Seconds that requests in flight get to finish after a signal to stop: container engines kill 10 s after theirs."""
-GC_THRESHOLDS = (10_000, 20, 20)
+GC_THRESHOLDS = (5_000, 10, 5)
 """Python's own look for garbage after every 700 objects, which takes a tenth of a server's time."""
 KEEP_ALIVE_S = 30
 """Seconds that a connection stays open between two requests: longer than clients keep theirs, else they meet a closed one."""
