@@ -198,8 +198,9 @@ def test_the_variables_of_compose_may_stand_in_the_environment_of_our_own_comman
     example = (Path(__file__).parents[2] / ".env.example").read_text()
     names = re.findall(r"^#([A-Z_]+)=", example, re.MULTILINE)
     assert "DISTILL_UID" in names
+    numbers = ("PORT", "PER_MINUTE", "PER_DAY", "CONCURRENT_REQUESTS")
     for name in names:
-        monkeypatch.setenv(name, "8000" if name.endswith("PORT") else "x")
+        monkeypatch.setenv(name, "8000" if name.endswith(numbers) else "x")
     before = load(tmp_path, LAUNCHES)
     assert before.teacher.public_name == "scripted"
     assert load_settings(TeacherServiceSettings, flags={}).engine == "local"
