@@ -175,7 +175,7 @@ def student(finished: Path) -> Iterator[str]:
 @pytest.fixture
 def teacher() -> Iterator[str]:
     port = free_port()
-    process = subprocess.Popen(command("teacher", "--recipe", str(RECIPE), "--port", str(port)))
+    process = subprocess.Popen(command("teacher", "--no-auth", "--recipe", str(RECIPE), "--port", str(port)))
     base = f"http://127.0.0.1:{port}"
     wait_for(lambda: _answers(base), process, 60)
     yield base
