@@ -163,7 +163,7 @@ def test_a_teacher_with_a_keys_file_answers_the_jobs_by_their_key_and_nobody_wit
     asked = httpx.get(f"http://127.0.0.1:{project.teacher_port}/v1/models", trust_env=False)
     assert asked.status_code == 401
     log = project.logs("teacher")
-    assert '"key": "jobs"' in log
+    assert '"key":"jobs"' in log
     assert key.read_text().strip() not in log
 
 
