@@ -96,11 +96,7 @@ def create_app(
         title=title,
         model=model,
         keys=keys.required,
-        max_n=bounds.max_n,
-        max_tokens=bounds.max_tokens,
-        max_messages=bounds.max_messages,
-        max_prompt_characters=bounds.max_prompt_characters,
-        max_body_bytes=bounds.max_body_bytes,
+        bounds=bounds,
     )
 
     @asynccontextmanager

@@ -69,28 +69,11 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def reason_of(exc: DistillError) -> str:
     """Why a request got no answer, as a label of metrics."""
-    match exc:
-        case Refused():
-            return exc.reason
-        case Exhausted():
-            return exc.limit
-        case (
-            Unauthorised()
-            | Forbidden()
-            | OverADay()
-            | QueueFull()
-            | NotReady()
-            | RequestRefused()
-            | TeacherBusy()
-            | TeacherLate()
-            | TeacherFailed()
-        ):
-            return REASONS[type(exc)]
-        case TeacherUnavailable():
-            return "engine_unavailable"
-        case TeacherRejected():
-            return "engine_refuses_all"
-    return "error"
+    if isinstance(exc, Refused):
+        return exc.reason
+    if isinstance(exc, Exhausted):
+        return exc.limit
+    return next(REASONS[kind] for kind in type(exc).__mro__ if kind in REASONS)
 
 
 REASONS: dict[type[DistillError], str] = {
@@ -103,7 +86,11 @@ REASONS: dict[type[DistillError], str] = {
     TeacherBusy: "engine_busy",
     TeacherLate: "engine_late",
     TeacherFailed: "engine_failed",
+    TeacherUnavailable: "engine_unavailable",
+    TeacherRejected: "engine_refuses_all",
+    DistillError: "error",
 }
+"""By class, or by the nearest one above it."""
 
 
 def problem(exc: DistillError, request_id: str = "-") -> JSONResponse:

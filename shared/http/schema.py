@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from shared.http.face import Bounds
 from shared.http.wire import ChatBody, ChatChunk, ChatCompletion, CompletionBody, ErrorAnswer, TextChunk, TextCompletion
 
 REFUSALS = {
@@ -27,9 +28,7 @@ REFUSALS = {
 WITH_RETRY_AFTER = (429, 503)
 
 
-def describe(
-    *, title: str, model: str, keys: bool, max_n: int, max_tokens: int, max_messages: int, max_prompt_characters: int, max_body_bytes: int
-) -> dict[str, Any]:
+def describe(*, title: str, model: str, keys: bool, bounds: Bounds) -> dict[str, Any]:
     """The OpenAPI document of a server that answers to the name `model`, with its limits. `keys`: whether it asks for them."""
     bodies, answers = (ChatBody, CompletionBody), (ChatCompletion, ChatChunk, TextCompletion, TextChunk, ErrorAnswer)
     _, definitions = models_json_schema(
@@ -39,15 +38,15 @@ def describe(
     for body in bodies:
         fields = schemas[body.__name__]["properties"]
         fields["model"]["enum"] = [model]
-        for name, most in (("n", max_n), ("max_tokens", max_tokens), ("max_completion_tokens", max_tokens)):
+        for name, most in (("n", bounds.max_n), ("max_tokens", bounds.max_tokens), ("max_completion_tokens", bounds.max_tokens)):
             if name in fields:
                 fields[name]["anyOf"][0]["maximum"] = most
         if "prompt" in fields:
-            fields["prompt"]["maxLength"] = max_prompt_characters
-    schemas["Turn"]["properties"]["content"]["maxLength"] = max_prompt_characters
+            fields["prompt"]["maxLength"] = bounds.max_prompt_characters
+    schemas["Turn"]["properties"]["content"]["maxLength"] = bounds.max_prompt_characters
     # either name of the bound; null is as good as absent
     both = {"properties": {name: {"type": "integer"} for name in ("max_tokens", "max_completion_tokens")}}
-    schemas["ChatBody"]["properties"]["messages"]["maxItems"] = max_messages
+    schemas["ChatBody"]["properties"]["messages"]["maxItems"] = bounds.max_messages
     schemas["ChatBody"]["properties"]["messages"]["contains"] = {"required": ["content"], "properties": {"content": {"pattern": r"\S"}}}
     schemas["ChatBody"]["not"] = both | {"required": ["max_tokens", "max_completion_tokens"]}
 
@@ -55,7 +54,7 @@ def describe(
         headers = {"x-request-id": {"description": "Names this request in the server's log.", "schema": {"type": "string"}}}
         return {
             "summary": what,
-            "description": f"At most {max_body_bytes} bytes of body and {max_prompt_characters} characters of prompt, over all turns.",
+            "description": f"At most {bounds.max_body_bytes} bytes, with at most {bounds.max_prompt_characters} characters of prompt.",
             "operationId": answer.__name__,
             "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(body)}}},
             "responses": {

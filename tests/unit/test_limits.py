@@ -182,26 +182,27 @@ def test_processes_that_count_at_the_same_time_lose_nothing() -> None:
         counts.ask(alice)
 
 
+async def hold(slots: Slots, gate: asyncio.Event) -> None:
+    """Take a slot and keep it until the gate opens."""
+    await slots.take()
+    try:
+        await gate.wait()
+    finally:
+        slots.give()
+
+
 def test_what_finds_no_slot_waits_and_what_finds_no_place_to_wait_is_refused_at_once() -> None:
     async def run() -> None:
         told: list[int] = []
         slots, gate = Slots(1, 1, 60, tell=told.append), asyncio.Event()
-
-        async def hold() -> None:
-            await slots.take()
-            try:
-                await gate.wait()
-            finally:
-                slots.give()
-
-        holder = asyncio.create_task(hold())
+        holder = asyncio.create_task(hold(slots, gate))
         await asyncio.sleep(0)
-        waiter = asyncio.create_task(hold())
+        waiter = asyncio.create_task(hold(slots, gate))
         await asyncio.sleep(0)
         assert slots.waiting == 1
         began = time.monotonic()
         with pytest.raises(QueueFull) as full:
-            await hold()
+            await hold(slots, gate)
         assert time.monotonic() - began < 1
         assert full.value.retry_after_s
         gate.set()
@@ -214,25 +215,17 @@ def test_what_finds_no_slot_waits_and_what_finds_no_place_to_wait_is_refused_at_
 def test_nothing_waits_longer_than_the_queue_allows_and_who_gives_up_leaves_no_trace() -> None:
     async def run() -> None:
         slots, gate = Slots(1, 5, 0.05), asyncio.Event()
-
-        async def hold() -> None:
-            await slots.take()
-            try:
-                await gate.wait()
-            finally:
-                slots.give()
-
-        holder = asyncio.create_task(hold())
+        holder = asyncio.create_task(hold(slots, gate))
         await asyncio.sleep(0)
         with pytest.raises(QueueFull):
-            await hold()
-        left = asyncio.create_task(hold())
+            await hold(slots, gate)
+        left = asyncio.create_task(hold(slots, gate))
         await asyncio.sleep(0)
         left.cancel()
         await asyncio.wait([left])
         assert slots.waiting == 0
         gate.set()
         await holder
-        await hold()
+        await hold(slots, gate)
 
     asyncio.run(run())
