@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from evaluator.systems import DISTILLED, asks
 from shared.artifacts import Ledger, Run, read_json
-from shared.collect import Ask, OfflineModel, answer_offline, answers, collect
+from shared.collect import OfflineModel, answer_offline, answers
 from shared.contracts import Completion, Example, GenerationRequest, Prediction, Response, ServingConfig
-from shared.engines import Engine
-from shared.errors import DataError, HarvestTooThin
+from shared.errors import DataError, FailureClass, HarvestTooThin
+from shared.harvest.ask import Ask
+from shared.harvest.ledger import AnswerLedger
+from shared.harvest.redaction import Redaction
+from shared.harvest.scheduler import Limits, harvest
+from shared.harvest.teacher import Answer, Teacher
 
+RETRIED = frozenset(get_args(FailureClass))
+"""All that failed before is asked again: a teacher scored on what it was not heard to say is easy to beat."""
 CHUNK = 32
 """Prompts a local student answers at once: what is lost at most to a kill."""
 
@@ -37,24 +43,32 @@ class Student:
         return self._model.generate(requests, seed=seed)
 
 
-class Teacher:
-    """An engine that is opened when it is first asked: where nothing is missing, no teacher has to run."""
+class LazyTeacher:
+    """A teacher that is opened when it is first asked: where nothing is missing, none has to run."""
 
-    def __init__(self, open_engine: Callable[[], Engine]) -> None:
-        self._open = open_engine
-        self._engine: Engine | None = None
+    def __init__(self, open_teacher: Callable[[], Teacher]) -> None:
+        self._open = open_teacher
 
-    async def generate(self, request: GenerationRequest) -> list[Completion]:
-        self._engine = self._engine or self._open()
-        return await self._engine.generate(request)
+    @cached_property
+    def _teacher(self) -> Teacher:
+        return self._open()
+
+    @property
+    def most_choices(self) -> int | None:
+        return self._teacher.most_choices
+
+    async def ask(self, request: GenerationRequest) -> Answer:
+        return await self._teacher.ask(request)
+
+    def rendered(self, request: GenerationRequest) -> str:
+        return self._teacher.rendered(request)
 
     async def check(self) -> None:
-        self._engine = self._engine or self._open()
-        await self._engine.check()
+        await self._teacher.check()
 
     async def aclose(self) -> None:
-        if self._engine is not None:
-            await self._engine.aclose()
+        if "_teacher" in self.__dict__:
+            await self._teacher.aclose()
 
 
 def teacher_predictions(
@@ -62,11 +76,11 @@ def teacher_predictions(
     test: Sequence[Example],
     shots: Sequence[Example],
     *,
-    open_engine: Callable[[], Engine],
+    open_teacher: Callable[[], Teacher],
 ) -> tuple[list[Prediction], dict[str, Any]]:
     """Greedy answers of the teacher, zero- and few-shot, and their census by system.
 
-    `open_engine` is called only if something has to be asked; what failed before is asked again. Raises TeacherError,
+    `open_teacher` is called only if something has to be asked; what failed before is asked again. Raises TeacherError,
     HarvestTooThin where more failed than harvest.max_failed_fraction allows (a teacher scored on nothing is easy to beat),
     StorageError.
     """
@@ -74,19 +88,24 @@ def teacher_predictions(
     # a launched teacher is the same teacher on whatever port it is found today
     identity, model = recipe.teacher.identity, recipe.teacher.public_name
 
+    redaction = Redaction(recipe.harvest.redact, region=recipe.harvest.redact_region)
+    questions, solved = [redaction.of(example) for example in test], [redaction.of(shot) for shot in shots]
+    protocol = "chat" if recipe.teacher.chat else "completions"
+
     def wanted(few_shot: bool) -> list[Ask]:
-        return asks(recipe, test, shots, identity=identity, model=model, protocol=recipe.teacher.protocol, few_shot=few_shot)
+        return asks(recipe, questions, solved, identity=identity, model=model, protocol=protocol, few_shot=few_shot)
 
     by_system = {"teacher-zero-shot": wanted(False), "teacher-few-shot": wanted(True)}
 
     async def ask_all() -> dict[str, Any]:
-        teacher, census = Teacher(open_engine), {}
+        teacher, census = LazyTeacher(open_teacher), {}
         try:
             for system, of_system in by_system.items():
-                with _ledger(run, system) as ledger:
-                    found = await collect(
-                        teacher, of_system, ledger, concurrency=recipe.harvest.concurrency, what=system, retry_failed=True
+                with _teacher_ledger(run, system) as ledger:
+                    found = await harvest(
+                        teacher, of_system, ledger, limits=Limits.of(recipe), what=system, total=len(of_system), retry=RETRIED
                     )
+                    ledger.compact()
                 if found.failed_fraction > recipe.harvest.max_failed_fraction:
                     raise HarvestTooThin(
                         f"{system}: {found.explain()}: more than harvest.max_failed_fraction = {recipe.harvest.max_failed_fraction:g} "
@@ -153,6 +172,10 @@ def _content(run: Run) -> str:
 
 def _ledger(run: Run, system: str) -> Ledger[Response]:
     return Ledger(run.path / "evaluation" / "answers" / f"{system}.jsonl", Response)
+
+
+def _teacher_ledger(run: Run, system: str) -> AnswerLedger:
+    return AnswerLedger(run.path / "evaluation" / "answers", system)
 
 
 def _predictions(run: Run, by_system: Mapping[str, Sequence[Ask]]) -> list[Prediction]:

@@ -11,8 +11,6 @@ from shared.errors import SettingsError
 
 if TYPE_CHECKING:
     from shared.artifacts import Run, Stage
-    from shared.http.client import HttpEngine
-    from shared.settings import TeacherSettings
 
 
 def main(argv: list[str]) -> int:
@@ -52,29 +50,13 @@ def evaluate_all(run: Run, stage: Stage, teacher_url: str | None) -> None:
     """Ask every system of the recipe and score the answers. Raises as `evaluator.stage.evaluate` does."""
     from evaluator.stage import evaluate
     from shared.engines.local import LocalModel
+    from shared.http.client import teacher_of
     from shared.models import serving_folder
 
     recipe = run.recipe
     evaluate(
         stage,
-        open_teacher=lambda: open_teacher(recipe.teacher, teacher_url),
+        open_teacher=lambda: teacher_of(recipe.teacher, teacher_url),
         load_base=lambda: LocalModel(serving_folder(recipe.student.model, recipe.export.quantization)),
         load_distilled=lambda: LocalModel(run.path / "model" / "serving"),
-    )
-
-
-def open_teacher(teacher: TeacherSettings, given: str | None) -> HttpEngine:
-    """A client of the teacher. Raises SettingsError where nobody has said where it answers, or for an unreadable key file."""
-    from shared.http.client import HttpEngine
-    from shared.settings import read_secret
-
-    url = teacher.address(given)
-    key = read_secret(teacher.api_key, teacher.api_key_file, "teacher.api_key")
-    return HttpEngine(
-        url,
-        model=teacher.public_name,
-        protocol=teacher.protocol,
-        api_key=key,
-        timeout_s=teacher.timeout_s,
-        max_attempts=teacher.max_attempts,
     )

@@ -15,8 +15,8 @@ from shared.artifacts import Run, Stage, read_jsonl, write_atomic, write_json, w
 from shared.collect import OfflineModel
 from shared.contracts import Example, Prediction, Split
 from shared.datasets.stage import prepare, shots
-from shared.engines import Engine
 from shared.errors import DataError, StageOrder
+from shared.harvest.teacher import Teacher
 
 Rows = Mapping[Split, Sequence[Example]]
 
@@ -24,7 +24,7 @@ Rows = Mapping[Split, Sequence[Example]]
 def evaluate(
     stage: Stage,
     *,
-    open_teacher: Callable[[], Engine],
+    open_teacher: Callable[[], Teacher],
     load_base: Callable[[], OfflineModel],
     load_distilled: Callable[[], OfflineModel],
 ) -> None:
@@ -36,7 +36,7 @@ def evaluate(
     rows = prepare(run)
     test, given = rows["test"], shots(run, rows["train"], run.recipe.task.shots)
     # the teacher first: if it does not answer, that is known before minutes are spent on the students
-    of_teacher, asked = teacher_predictions(run, test, given, open_engine=open_teacher)
+    of_teacher, asked = teacher_predictions(run, test, given, open_teacher=open_teacher)
     of_students, answered = student_predictions(run, test, given, load_base=load_base, load_distilled=load_distilled)
     predictions = [*of_teacher, *of_students, *trivial_predictions(run.recipe, rows["train"], test)]
     predictions.sort(key=lambda p: SYSTEMS.index(p.system))  # stable: the rows of a system keep their order

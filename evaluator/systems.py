@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evaluator import baselines
-from shared.collect import Ask
 from shared.contracts import Example, GenerationRequest, Prediction, Sampling
+from shared.harvest.ask import Ask
 from shared.prompts import messages, plain
 from shared.settings import Recipe
 

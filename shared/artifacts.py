@@ -26,8 +26,8 @@ from shared.contracts import Contract, FileRef, Manifest
 from shared.errors import DataError, RunMismatch, StageOrder, StorageError, storage_error
 from shared.settings import PROCEDURE, Recipe
 
-FORMAT = 1
-"""Of run directories. A run.json that names none is of format 1: version 0.1.0 began without the mark."""
+FORMAT = 2
+"""Of run directories. 2: keys of answers without the example, ledgers in segments. A run.json that names none is of format 1."""
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "ctranslate2", "rouge_score", "nltk", "httpx", "pydantic")
 ANOTHER_RUN = "give another --out (with compose: RUN=name)"
 LOST_AND_FOUND = "lost+found"
@@ -68,7 +68,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _fsync_dir(path.parent)
+        fsync_dir(path.parent)
     except OSError as exc:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -115,7 +115,7 @@ def new_directory(path: Path) -> Iterator[Path]:
                     os.fsync(handle.fileno())
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
-        _fsync_dir(path.parent)
+        fsync_dir(path.parent)
     except OSError as exc:
         raise storage_error(exc, path) from exc
     finally:
@@ -157,7 +157,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _fsync_dir(path: Path) -> None:
+def fsync_dir(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -182,7 +182,7 @@ class Ledger(Generic[T]):
             raise storage_error(exc, path) from exc
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _fsync_dir(path.parent)
+            fsync_dir(path.parent)
             self.repaired_bytes = self._repair()
         except BlockingIOError as exc:
             self._file.close()
@@ -268,7 +268,7 @@ class Run:
             differences = [
                 f"{key}: the run has {theirs_value!r}, you ask for {mine_value!r}"
                 for key, (theirs_value, mine_value) in _compare(theirs, mine).items()
-                if key not in PROCEDURE
+                if not key.startswith(PROCEDURE)
             ]
             if differences and _is_unused(path):  # an earlier command failed before its first stage did anything
                 write_json(file, fresh)
@@ -327,9 +327,11 @@ class Stage:
 
     def finish(self, outputs: Sequence[Path], *, settings: Mapping[str, Any], counts: Mapping[str, Any] | None = None) -> Manifest:
         """Write the manifest, last. `outputs`: files or folders below the run directory."""
-        files = [
-            f for o in outputs for f in (sorted(p for p in o.rglob("*") if p.is_file() and not _is_temporary(p)) if o.is_dir() else [o])
-        ]
+        files: list[Path] = []
+        for output in outputs:
+            # what begins with a dot is a lock, or was left half written
+            inside = sorted(path for path in output.rglob("*") if path.is_file() and not path.name.startswith("."))
+            files += inside if output.is_dir() else [output]
         manifest = Manifest(
             stage=self.name,
             inputs=self._input_refs(),
@@ -380,7 +382,8 @@ def _lock(path: Path, what: str) -> None:
 
 def _recorded_recipe(file: Path) -> Any:
     content = read_json(file)
-    refuse_other_format(file, content, FORMAT, ANOTHER_RUN)
+    if isinstance(content, dict) and ("format" in content or "recipe" in content):
+        refuse_other_format(file, content, FORMAT, ANOTHER_RUN)
     try:
         return content["recipe"]
     except (KeyError, TypeError) as exc:

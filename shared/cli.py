@@ -60,19 +60,26 @@ def main(argv: list[str] | None = None) -> int:
         return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]))
     except DistillError as exc:
         print(f"distill {argv[0]}: {exc}", file=sys.stderr)
+        if exc.goes_on and not os.environ.get(PART_OF_A_RUN):
+            print(f"once that is mended, to go on:\n  {_again(argv)}", file=sys.stderr)
         return exc.exit_code
     except BaseException as exc:
         if not _interrupted(exc):
             raise
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not garble the farewell
         if not os.environ.get(PART_OF_A_RUN):  # else the whole run tells how to go on
-            import shlex
-            import shutil
-
-            name = os.path.basename(sys.argv[0])
-            ours = sys.argv[0] if name == "distill" and not shutil.which(name) else "distill"
-            print(f"\nstopped; everything done so far is kept. To go on:\n  {ours} {shlex.join(argv)}", file=sys.stderr)
+            print(f"\nstopped; everything done so far is kept. To go on:\n  {_again(argv)}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _again(argv: list[str]) -> str:
+    """The command that goes on where this one has ended, as one types it."""
+    import shlex
+    import shutil
+
+    name = os.path.basename(sys.argv[0])
+    ours = sys.argv[0] if name == "distill" and not shutil.which(name) else "distill"
+    return f"{ours} {shlex.join(argv)}"
 
 
 def _interrupted(exc: BaseException | None) -> bool:

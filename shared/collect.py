@@ -1,54 +1,21 @@
-"""Collecting answers into a ledger: of a teacher over HTTP, many requests in flight, or of a model in this process, in chunks.
+"""Collecting the answers of a model in this process into a ledger, in chunks, and the census of a collection.
 
 Only what the ledger does not hold yet is asked for, so that a run that was cut short ends with the same lines as one that was not.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shared.artifacts import Ledger, canonical, now, sha256_bytes
+from shared.artifacts import Ledger, now
 from shared.commands import Progress
 from shared.contracts import Completion, GenerationRequest, Response
-from shared.engines import Engine
-from shared.errors import RequestRefused
-
-SYNC_EVERY_S = 0.2
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One prompt to be answered `request.n` times by one model."""
-
-    example_id: str
-    request: GenerationRequest
-    identity: str
-    """Who answers: a URL, or whatever else tells one model from all others."""
-    model: str
-    """The public name of the model that is asked for."""
-    protocol: str = "chat"
-
-    def key(self, sample: int) -> str:
-        """The SHA-256 of all that is asked with sample `sample` (from 0); how many samples are wanted is no part of it."""
-        return sha256_bytes(b"%s#%d" % (self._asked, sample))
-
-    @cached_property
-    def _asked(self) -> bytes:
-        asked = {
-            "identity": self.identity,
-            "protocol": self.protocol,
-            "model": self.model,
-            "example_id": self.example_id,
-            "request": self.request.model_dump(mode="json", exclude={"n"}),
-        }
-        return canonical(asked)
+from shared.harvest.ask import Ask
 
 
 @dataclass(frozen=True)
@@ -67,6 +34,18 @@ class Collected:
     """Different texts / answers, within each prompt with several answers; 1.0 where no prompt has several."""
     requests: int = 0
     """Requests made by this call."""
+    refused: int = 0
+    """Requests of this call that the teacher did not take then (429)."""
+    shared: int = 0
+    """Rows of this call that another example's answer to the same request has filled."""
+    several: int = 0
+    """Prompts with several answers."""
+    varied: int = 0
+    """Of these, those whose answers differ."""
+    one_text: bool = False
+    """Whether all answers to all prompts are one and the same text."""
+    said: Mapping[str, str] = field(default_factory=dict)
+    """What was said last, by the class of the failure."""
     seconds: float = 0.0
     """Wall time of this call."""
     collected: int = 0
@@ -93,6 +72,8 @@ class Collected:
             "cut_off": self.cut_off,
             "distinct_fraction": round(self.distinct_fraction, 4),
             "requests": self.requests,
+            "refused": self.refused,
+            "shared": self.shared,
             "seconds": round(self.seconds, 3),
             "rows_per_s": round(self.collected / self.seconds, 2) if self.seconds else 0.0,
         }
@@ -112,51 +93,8 @@ class OfflineModel(Protocol):
 
 def answers(asks: Sequence[Ask], ledger: Ledger[Response]) -> list[list[Response]]:
     """The rows of each ask, ok and failed, by sample index; of several rows for one sample the last. Absent samples are left out."""
-    rows = {row.key: row for row in ledger.rows()}
-    return [[rows[key] for sample in range(ask.request.n) if (key := ask.key(sample)) in rows] for ask in asks]
-
-
-async def collect(
-    engine: Engine, asks: Sequence[Ask], ledger: Ledger[Response], *, concurrency: int, what: str, retry_failed: bool = False
-) -> Collected:
-    """Ask `engine` for every sample that `ledger` does not hold, at most `concurrency` requests in flight.
-
-    A refused request and an empty answer become failed rows, asked again only with `retry_failed`. Any other error ends the
-    collection at once, with all rows so far durable. Sample i is asked for with the request's seed + i.
-    Raises what `engine.generate` raises, but for RequestRefused, and StorageError.
-    """
-    started = time.monotonic()
-    wanted = sum(ask.request.n for ask in asks)
-    held = _held(ledger, retry_failed)
-    # prompts of like length are in flight together: an engine batches them with less padding
-    jobs = [(ask, samples) for ask in sorted(asks, key=lambda ask: _prompt_chars(ask.request)) for samples in _missing(ask, held)]
-    todo = sum(len(samples) for _, samples in jobs)
-    progress = Progress(what, wanted, unit="answers", done=wanted - todo)
-    requests = 0
-    waiting = iter(jobs)  # shared by all workers: each takes the next
-
-    def keep(row: Response) -> None:
-        ledger.append(row)
-        progress.step()
-
-    async def work() -> None:
-        nonlocal requests
-        for ask, samples in waiting:
-            made = await _answer(engine, ask, samples, keep)
-            requests += made  # not in one statement: others count while this one waits
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            syncing = group.create_task(_sync_forever(ledger, progress))
-            async with asyncio.TaskGroup() as workers:
-                for _ in range(min(concurrency, len(jobs))):
-                    workers.create_task(work())
-            syncing.cancel()
-    except BaseExceptionGroup as errors:
-        raise _first(errors) from None
-    finally:
-        ledger.sync()
-    return _census(asks, ledger, requests=requests, seconds=time.monotonic() - started, collected=todo)
+    rows = {_name(row): row for row in ledger.rows()}
+    return [[rows[name] for sample in range(ask.request.n) if (name := (ask.key(sample), ask.example_id)) in rows] for ask in asks]
 
 
 def answer_offline(
@@ -171,7 +109,7 @@ def answer_offline(
     started = time.monotonic()
     # prompts of like length share a chunk: less padding
     ordered = sorted(asks, key=lambda ask: (_prompt_chars(ask.request), ask.key(0)))
-    held = _held(ledger, retry_failed=False)
+    held = {_name(row) for row in ledger.rows()}
     wanted = sum(ask.request.n for ask in asks)
     todo = sum(len(samples) for ask in asks for samples in _missing(ask, held))
     progress = Progress(what, wanted, unit="answers", done=wanted - todo)
@@ -192,7 +130,7 @@ def answer_offline(
                         row = _row(ask, sample, completions[ask.key(0)][sample], latency_s=latency, attempts=1)
                     else:
                         row = _failed(
-                            ask, sample, "TooLong: the prompt and its answer exceed the model's context", latency_s=0.0, attempts=1
+                            ask, sample, "too_long: the prompt and its answer exceed the model's context", latency_s=0.0, attempts=1
                         )
                     ledger.append(row)
                     progress.step()
@@ -200,46 +138,16 @@ def answer_offline(
     return _census(asks, ledger, requests=requests, seconds=time.monotonic() - started, collected=todo)
 
 
-async def _answer(engine: Engine, ask: Ask, samples: range, keep: Callable[[Response], None]) -> int:
-    """Ask for consecutive samples until all have a row; a teacher may give fewer than asked for. Returns the requests made."""
-    requests = 0
-    while samples:
-        requests += 1
-        asked_at = time.monotonic()
-        try:
-            found = await engine.generate(_part(ask.request, samples))
-            reason = f"TooFewChoices: none of {len(samples)} choices came"
-        except RequestRefused as exc:
-            found, reason = [], f"{type(exc).__name__}: {exc}"
-        latency = time.monotonic() - asked_at
-        for sample, completion in zip(samples, found, strict=False):
-            keep(_row(ask, sample, completion, latency_s=latency, attempts=requests))
-        if not found:  # asking again cannot help
-            for sample in samples:
-                keep(_failed(ask, sample, reason, latency_s=latency, attempts=requests))
-            break
-        samples = samples[len(found) :]
-    return requests
+def _name(row: Response) -> tuple[str, str]:
+    """What a row answers: examples that ask the same share a key."""
+    return row.key, row.example_id
 
 
-async def _sync_forever(ledger: Ledger[Response], progress: Progress) -> None:
-    """Make rows durable, and say how things stand, while the teacher pauses and nothing is appended."""
-    while True:
-        await asyncio.sleep(SYNC_EVERY_S)
-        ledger.sync()
-        progress.tick()
-
-
-def _held(ledger: Ledger[Response], retry_failed: bool) -> set[str]:
-    rows = {row.key: row for row in ledger.rows()}
-    return {key for key, row in rows.items() if row.status == "ok" or not retry_failed}
-
-
-def _missing(ask: Ask, held: set[str]) -> Iterator[range]:
+def _missing(ask: Ask, held: set[tuple[str, str]]) -> Iterator[range]:
     """The samples of an ask that are not held, as runs of consecutive ones."""
     first = None
     for sample in range(ask.request.n + 1):
-        absent = sample < ask.request.n and ask.key(sample) not in held
+        absent = sample < ask.request.n and (ask.key(sample), ask.example_id) not in held
         if absent and first is None:
             first = sample
         elif not absent and first is not None:
@@ -247,16 +155,9 @@ def _missing(ask: Ask, held: set[str]) -> Iterator[range]:
             first = None
 
 
-def _part(request: GenerationRequest, samples: range) -> GenerationRequest:
-    """The request for some samples of a request: a part asked for later is asked for as it was in the whole."""
-    seed = request.sampling.seed
-    sampling = request.sampling if seed is None else request.sampling.model_copy(update={"seed": seed + samples[0]})
-    return request.model_copy(update={"n": len(samples), "sampling": sampling})
-
-
 def _row(ask: Ask, sample: int, completion: Completion, *, latency_s: float, attempts: int) -> Response:
     if not completion.text.strip():
-        return _failed(ask, sample, "empty", latency_s=latency_s, attempts=attempts)
+        return _failed(ask, sample, "empty: nothing but blanks", latency_s=latency_s, attempts=attempts)
     return Response(
         key=ask.key(sample),
         example_id=ask.example_id,
@@ -310,9 +211,3 @@ def _prompt_chars(request: GenerationRequest) -> int:
 def _chunk_seed(seed: int | None, number: int) -> int | None:
     """An unsigned 32-bit seed of one chunk: what random number generators take, and unlike that of its neighbours."""
     return None if seed is None else int.from_bytes(hashlib.sha256(f"{seed}#{number}".encode()).digest()[:4], "big")
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error that ended a task group; what follows it is mostly the same error of other workers."""
-    exc = group.exceptions[0]
-    return _first(exc) if isinstance(exc, BaseExceptionGroup) else exc

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import SettingsError
+from shared.errors import INTERRUPTED, TERMINATED, SettingsError, Stopped
 
 if TYPE_CHECKING:
     from shared.artifacts import Run
@@ -68,36 +70,93 @@ def uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
+class Interruption:
+    """Whether somebody wants this stage to end; calling it tells."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def raise_if_asked(self) -> None:
+        """Raises KeyboardInterrupt after a Ctrl-C, Stopped after SIGTERM."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is not None:
+            raise Stopped("told to end; everything done so far is kept")
+
+
+@contextmanager
+def interruptible() -> Iterator[Interruption]:
+    """Note a first Ctrl-C or SIGTERM instead of ending there and then; a second one ends this process at once."""
+    asked = Interruption()
+
+    def note(signum: int, frame: object) -> None:
+        if asked.signal is not None:
+            os._exit(INTERRUPTED if signum == signal.SIGINT else TERMINATED)
+        asked.signal = signum
+        print("\nending: waiting for what is in flight; once more to end at once", file=sys.stderr, flush=True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may have handlers
+        return
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 class Progress:
     """How far a long stage is: rewritten in place on a terminal, a plain line at most every `every_s` seconds in a log."""
 
-    def __init__(self, what: str, total: int, *, unit: str = "rows", done: int = 0, every_s: float = 10.0) -> None:
+    def __init__(self, what: str, total: int | None, *, unit: str = "rows", done: int = 0, every_s: float = 10.0) -> None:
+        """`total`: None where nobody knows; `done`: units of it that were done before."""
         self._what, self._total, self._unit, self._done, self._every = what, total, unit, done, every_s
-        self._first, self._started, self._note = done, time.monotonic(), ""
+        self._first, self._started = done, time.monotonic()
+        self._note: str | Callable[[], str] = ""
         self._terminal = sys.stderr.isatty()
         self._told = -math.inf
-        if done < total:
+        self._shown = 0
+        if total is None or done < total:
             self._tell()
 
-    def step(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more units as done."""
+    def step(self, count: int = 1, note: str | Callable[[], str] = "") -> None:
+        """Count `count` more units as done. `note`: what else to say, or who knows it when it is time to."""
         self._done, self._note = self._done + count, note
-        if self._done >= self._total:
+        if self._done == self._total:
             self._tell()
         else:
             self.tick()
+
+    def had(self, count: int = 1) -> None:
+        """Count `count` units that turn out to have been done before."""
+        self._done, self._first = self._done + count, self._first + count
 
     def tick(self) -> None:
         """Say where things stand, if it is time to: for a stage that waits and counts nothing."""
         if time.monotonic() - self._told >= (0.2 if self._terminal else self._every):
             self._tell()
 
+    def end(self) -> None:
+        """Say where things stand at the end, whether all is done or not."""
+        if self._shown != self._done:
+            self._tell()
+        if self._terminal and self._done != self._total:
+            print(file=sys.stderr, flush=True)
+
     def _tell(self) -> None:
-        self._told = time.monotonic()
+        self._told, self._shown = time.monotonic(), self._done
         rate = (self._done - self._first) / max(self._told - self._started, 1e-9)
-        left = f"{(self._total - self._done) / rate:.0f} s left" if rate > 0 else "time left not known yet"
-        line = f"{self._what}: {self._done}/{self._total} {self._unit}, {rate:.1f}/s, {left}{', ' + self._note if self._note else ''}"
+        note = self._note if isinstance(self._note, str) else self._note()
+        of, left = "", ""
+        if self._total is not None:
+            of = f"/{self._total}"
+            left = f", {(self._total - self._done) / rate:.0f} s left" if rate > 0 else ", time left not known yet"
+        line = f"{self._what}: {self._done}{of} {self._unit}, {rate:.1f}/s{left}{', ' + note if note else ''}"
         if self._terminal:
-            print(f"\r\x1b[K{line}", end="\n" if self._done >= self._total else "", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{line}", end="\n" if self._done == self._total else "", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Split = Literal["train", "validation", "test"]
 FinishReason = Literal["stop", "length"]
 Source = Literal["teacher", "student"]
+CUT_OFF = "cut_off"
+"""Beside the classes of failures what may be asked for again: answers that ended at the token limit."""
 
 
 class Contract(BaseModel):

@@ -11,19 +11,28 @@ DistillError                     1
       TeacherBusy                7   it says so itself: 429, or a full queue
       TeacherLate                7   no answer in time
       TeacherFailed              7   it answered that it failed, or broke off
-    TeacherRejected              7   retrying cannot help: wrong URL or key, not an OpenAI-compatible answer
+    TeacherRejected              7   retrying cannot help: key refused, certificate, out of credit
+      NotTheApi                  7   an answer of something else: the wrong URL if it is the first, else a fault
       RequestRefused             7   this one request was refused: a failed row
   HarvestTooThin                 8   too few usable answers
   StageOrder                     9   a stage this one reads has not been finished
   StorageError                  10   no space, read-only, locked by another writer
   EngineError                   11   a local engine cannot load or answer
   TrainingError                 12   nothing to train on, loss not finite
+  BudgetSpent                   13   a cap of harvest.budget is reached: all answers are kept
+  Stopped                      143   by SIGTERM, with everything kept
 """
 
 from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Literal
+
+FailureClass = Literal["refused", "too_long", "content_filter", "no_text", "empty", "over_long", "unanswered"]
+"""Why a row failed. refused: the teacher would not have this request (4xx). too_long: prompt and answer do not fit the model.
+content_filter: it would not let its answer out. no_text: an answer of something else. empty: nothing but blanks. over_long: more text
+than harvest.max_answer_chars. unanswered: every attempt failed while others were answered."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
@@ -35,6 +44,8 @@ class DistillError(Exception):
     """Base of all errors that a user can act on; the message names the field or file and the remedy."""
 
     exit_code = 1
+    goes_on = False
+    """Whether the same command goes on from where it ended: what was done is kept."""
 
 
 class SettingsError(DistillError):
@@ -59,14 +70,17 @@ class RunMismatch(DistillError):
 
 class TeacherError(DistillError):
     exit_code = 7
+    goes_on = True
 
 
 class TeacherUnavailable(TeacherError):
-    """The teacher did not answer this time: worth retrying. `retry_after_s`: what it asked for, if it did."""
+    """The teacher did not answer this time: worth retrying. `retry_after_s`: what it asked for, if it did; `maybe_billed`: it may
+    have answered, though nothing usable came.
+    """
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+    def __init__(self, message: str, *, retry_after_s: float | None = None, maybe_billed: bool = False) -> None:
         super().__init__(message)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s, self.maybe_billed = retry_after_s, maybe_billed
 
 
 class TeacherBusy(TeacherUnavailable):
@@ -85,15 +99,19 @@ class TeacherRejected(TeacherError):
     """The teacher answered and refused, or answered something else than its API promises: retrying cannot help."""
 
 
+class NotTheApi(TeacherRejected):
+    """Something answered that is not the API asked for: a wrong URL where it is the first answer, a fault where others were right."""
+
+
 class RequestRefused(TeacherRejected):
     """The teacher refused this one request (400, 413, 422): a failed row, not a failed harvest.
 
-    `too_long`: because its prompt and answer do not fit the model.
+    `kind`: a FailureClass; `maybe_billed`: an answer came, and is of no use.
     """
 
-    def __init__(self, message: str, *, too_long: bool = False) -> None:
+    def __init__(self, message: str, *, kind: FailureClass = "refused", maybe_billed: bool = False) -> None:
         super().__init__(message)
-        self.too_long = too_long
+        self.kind, self.maybe_billed = kind, maybe_billed
 
 
 class HarvestTooThin(DistillError):
@@ -114,6 +132,18 @@ class EngineError(DistillError):
 
 class TrainingError(DistillError):
     exit_code = 12
+
+
+class BudgetSpent(DistillError):
+    exit_code = 13
+    goes_on = True
+
+
+class Stopped(DistillError):
+    """By SIGTERM, with everything kept."""
+
+    exit_code = TERMINATED
+    goes_on = True
 
 
 def storage_error(exc: OSError, path: Path) -> StorageError:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
@@ -18,6 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pydantic_settings.exceptions import SettingsError as SourceError
 
 from shared.errors import SettingsError
+from shared.harvest.custom_api import SECRET, CustomApi
 
 RESERVED = {"DISTILL_CACHE", "DISTILL_UID", "TEACHER_URL", "TEACHER_MODEL", "TEACHER_KEY_FILE"}
 """Variables with a prefix of ours that are no settings. DISTILL_CACHE: where converted weights and downloads are kept. The others are
@@ -94,22 +96,35 @@ class LaunchSettings(Section):
     """local: a model reference (see shared/models.py)."""
 
 
+class PriceSettings(Section):
+    """What the teacher costs, in any one currency."""
+
+    input_per_million: float = Field(ge=0)
+    output_per_million: float = Field(ge=0)
+    """For a million tokens."""
+
+
 class TeacherSettings(Section):
     """Who is asked: `url`, else `launch`. A URL takes the place of `launch`, so that one variable swaps the teacher of any recipe."""
 
     url: str | None = None
-    """Base URL of an OpenAI-compatible API, with its /v1."""
+    """Base URL of an OpenAI-compatible API, with its /v1. protocol custom: the whole URL."""
     launch: LaunchSettings | None = None
     """None where a URL is given."""
     model: str | None = None
     """The public model name to ask for at `url`; default teacher. A launched teacher is asked for by the name of its own model."""
-    protocol: Literal["chat", "completions"] = "chat"
+    protocol: Literal["chat", "completions", "custom"] = "chat"
+    custom: CustomApi | None = None
+    """protocol custom: what is sent, and where the answer says what."""
     api_key: SecretStr | None = Field(None, exclude=True)
     api_key_file: Path | None = Field(None, exclude=True)
     timeout_s: float = Field(120.0, gt=0)
     """Seconds allowed for one attempt at one request."""
     max_attempts: int = Field(5, ge=1)
-    """Attempts at one request when the teacher is unavailable."""
+    """Attempts at one request that fail while others are answered; then it is a failed row. Being told to wait (429) is no failure."""
+    patience_s: float = Field(300.0, gt=0)
+    """Seconds a teacher may stay dead before the harvest ends (before its first answer: at most 30)."""
+    price: PriceSettings | None = None
 
     @field_validator("launch")
     @classmethod
@@ -122,7 +137,18 @@ class TeacherSettings(Section):
             raise ValueError("give url or launch")
         if self.launch is not None and self.model is not None:
             raise ValueError("model: a launched teacher has the name of its own model; leave model out, or give url as well")
+        if (self.protocol == "custom") != (self.custom is not None):
+            raise ValueError("protocol, custom: the section describes the API of protocol custom, and of no other; give both or none")
+        if self.custom is not None and self.url is None:
+            raise ValueError("url: give the whole URL of the API that custom describes; a launched teacher needs no description")
+        if self.custom is not None and any(SECRET.search(name) for name, _ in parse_qsl(urlsplit(self.url or "").query)):
+            raise ValueError('url: it holds a secret; send it as a header of custom, with "{api_key}" for it')
         return self
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is asked by chat turns; else by plain text."""
+        return self.protocol == "chat" if self.custom is None else self.custom.chat
 
     @property
     def public_name(self) -> str:
@@ -152,9 +178,23 @@ class TeacherSettings(Section):
     def identity(self) -> str:
         """Who answers, independent of the port a launched teacher happens to get: part of every ledger key."""
         if self.url is not None:
-            return self.url
+            return self.url if self.custom is None else f"{self.url} (custom {self.custom.fingerprint})"
         assert self.launch is not None  # one of the two is given
         return f"launch:{self.launch.engine}" + (f":{self.launch.model}" if self.launch.engine == "local" else "")
+
+
+class BudgetSettings(Section):
+    """Caps of a whole harvest, however often it is begun again. None: no cap. Never overshot: what a request may cost at most is set
+    aside before it is sent."""
+
+    cost: float | None = Field(None, gt=0)
+    """In the currency of teacher.price."""
+    requests: int | None = Field(None, ge=1)
+    seconds: float | None = Field(None, gt=0)
+    """Of harvesting, pauses between two commands left out; none is sent after them."""
+
+
+RedactKind = Literal["email", "phone", "url", "ip", "card", "iban", "ssn", "birth_date"]
 
 
 class HarvestSettings(Section):
@@ -168,10 +208,20 @@ class HarvestSettings(Section):
     stop: tuple[str, ...] = Field(("\n",), max_length=4)
     shots: int = Field(0, ge=0, le=32)
     """Examples before the question; a teacher that was not trained for the task needs some."""
-    concurrency: int = Field(16, ge=1, le=1024)
-    """Requests in flight; one request asks for all samples of a prompt that are still missing."""
+    redact: tuple[RedactKind, ...] | None = None
+    """What is taken out of every text before it leaves for the teacher (shared/redact.py); the student keeps it."""
+    redact_region: str = "US"
+    """Whose phone numbers need no +: two letters of ISO 3166."""
+    concurrency: int = Field(64, ge=1, le=1024)
+    """Most requests in flight; fewer where the teacher says no (429) or slows down. One asks for all missing samples of a prompt."""
+    requests_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(None, gt=0)
+    """What the teacher allows a key, prompts and the most they may be answered with. None: found out from what it refuses."""
     max_failed_fraction: float = Field(0.05, ge=0, le=1)
     """Above it the stage fails, with its census."""
+    max_answer_chars: int = Field(100_000, ge=1)
+    """A longer answer is a failed row."""
+    budget: BudgetSettings = BudgetSettings()
 
 
 class StudentSettings(Section):
@@ -286,9 +336,32 @@ class Recipe(BaseSettings):
     evaluate: EvaluateSettings = EvaluateSettings()
     promote: PromoteSettings = PromoteSettings()
 
+    @model_validator(mode="after")
+    def _a_budget_has_a_price(self) -> Recipe:
+        if self.harvest.budget.cost is not None and self.teacher.price is None:
+            raise ValueError(
+                "harvest.budget.cost: teacher.price is needed to count it; give teacher.price.input_per_million and "
+                "teacher.price.output_per_million, or cap harvest.budget.requests"
+            )
+        return self
 
-PROCEDURE = frozenset({"teacher.timeout_s", "teacher.max_attempts", "harvest.concurrency", "harvest.max_failed_fraction"})
-"""Settings that say how a run proceeds and not what comes out of it: a run may go on with others than it began with."""
+
+PROCEDURE = (
+    "teacher.timeout_s",
+    "teacher.max_attempts",
+    "teacher.patience_s",
+    "teacher.price",
+    "teacher.custom.error",
+    "teacher.custom.retry_after_s",
+    "teacher.custom.input_tokens",
+    "teacher.custom.output_tokens",
+    "harvest.concurrency",
+    "harvest.requests_per_minute",
+    "harvest.tokens_per_minute",
+    "harvest.max_failed_fraction",
+    "harvest.budget",
+)
+"""Settings and sections that say how a run proceeds and not what comes out of it: a run may go on with others than it began with."""
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)
 
@@ -390,6 +463,9 @@ def explain(exc: ValidationError | SourceError, names: list[str], where: str) ->
     lines = []
     for error in exc.errors():
         field = ".".join(str(part) for part in error["loc"])
+        if not field:  # what concerns several sections names its fields itself
+            lines.append(error["msg"].removeprefix("Value error, "))
+            continue
         if error["type"] == "extra_forbidden":
             lines.append(f"{field}: unknown setting{nearest(field, names)}")
         elif error["type"] == "missing":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -21,13 +21,14 @@ from pydantic import BaseModel, Field, ValidationError
 from shared import registry as store
 from shared.contracts import Manifest, Response
 from shared.errors import DataError, DistillError
+from shared.harvest.ledger import answer_files
 from shared.settings import HarvestSettings, PromoteSettings, TrainSettings
 from student_trainer.progress import STAGES, STATES, stage_manifest, stage_states
 
 log = logging.getLogger(__name__)
 
 MAX_RUNS = 20
-TEACHER_LEDGER = "responses/teacher/responses.jsonl"
+TEACHER_LEDGER = "responses/teacher"
 OTHER = "other"
 """The reason of a failed answer whose reason names no class."""
 EVENTS = ("promoted", "refused", "rolled back")
@@ -115,8 +116,9 @@ class _Report(BaseModel):
 class Rows:
     """The whole lines of a JSON Lines file, each read once however often it is looked at."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._inode = path, path.stat().st_ino
+    def __init__(self, path: Path, take: Callable[[bytes], None] | None = None) -> None:
+        """`take` is called with every line, once."""
+        self._path, self._take, self._inode = path, take, path.stat().st_ino
         self._offset = self.count = 0
         self.last = b""
 
@@ -133,21 +135,35 @@ class Rows:
                 if not line.endswith(b"\n"):
                     break
                 self._offset, self.count, self.last = self._offset + len(line), self.count + 1, line
-                self.take(line)
-
-    def take(self, line: bytes) -> None:
-        """Called with every line, once."""
+                if self._take is not None:
+                    self._take(line)
 
 
-class Answers(Rows):
-    """A ledger of answers. Of several rows for one sample the last counts, and only a failed one is ever asked for again."""
+class Answers:
+    """A ledger of answers, segment by segment. Of several rows for one sample the last counts, and only a failed one is ever asked
+    for again.
+    """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._begin()
+
+    def _begin(self) -> None:
+        self._segments: dict[Path, Rows] = {}
+        self._failed: dict[tuple[str, str], str] = {}
         self.answered = self.damaged = 0
-        self._failed: dict[str, str] = {}
 
-    def take(self, line: bytes) -> None:
+    def look(self) -> None:
+        """Read what was added, or everything if the segments were compacted since. Raises OSError."""
+        files = answer_files(self._folder)
+        if list(self._segments) != files[: len(self._segments)] or any(rows.replaced() for rows in self._segments.values()):
+            self._begin()
+        for file in files:
+            if file not in self._segments:
+                self._segments[file] = Rows(file, self._take)
+            self._segments[file].look()
+
+    def _take(self, line: bytes) -> None:
         try:
             row = Response.model_validate_json(line)
         except ValidationError:
@@ -155,9 +171,9 @@ class Answers(Rows):
             return
         if row.status == "failed":
             reason = (row.reason or "").partition(":")[0]
-            self._failed[row.key] = reason if reason.isidentifier() else OTHER
+            self._failed[row.key, row.example_id] = reason if reason.isidentifier() else OTHER
         else:
-            self._failed.pop(row.key, None)
+            self._failed.pop((row.key, row.example_id), None)
             self.answered += 1
 
     def failed(self) -> Counter[str]:
@@ -170,12 +186,13 @@ class RunMetrics(Collector):
     def __init__(self, runs: Path, *, registry: Path | None = None) -> None:
         self._runs, self._registry = runs, registry
         self._files: dict[Path, Rows] = {}
+        self._ledgers: dict[Path, Answers] = {}
         self._known_errors: set[str] = set()
         self._scraping = threading.Lock()
 
     def collect(self) -> Iterator[Metric]:
         with self._scraping:
-            scrape = _Scrape(self._files)
+            scrape = _Scrape(self._files, self._ledgers)
             found: list[tuple[float, Path]] = []
             with scrape.reading():
                 for folder in self._runs.iterdir():
@@ -189,16 +206,17 @@ class RunMetrics(Collector):
             scrape.add("distill_monitor_errors", len(scrape.errors))
             for error in sorted(scrape.errors - self._known_errors):
                 log.warning("%s", error)
-            self._files, self._known_errors = scrape.files, scrape.errors
+            self._files, self._ledgers, self._known_errors = scrape.files, scrape.ledgers, scrape.errors
         yield from scrape.families.values()
 
 
 class _Scrape:
     """One reading of everything."""
 
-    def __init__(self, before: dict[Path, Rows]) -> None:
-        self._before = before
+    def __init__(self, files: dict[Path, Rows], ledgers: dict[Path, Answers]) -> None:
+        self._files_before, self._ledgers_before = files, ledgers
         self.files: dict[Path, Rows] = {}
+        self.ledgers: dict[Path, Answers] = {}
         self.errors: set[str] = set()
         self.families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {
             name: (CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily)(name, text, labels=labels)
@@ -254,8 +272,10 @@ class _Scrape:
             self.add("distill_harvest_prompts", prompts.count, run)
             if recipe:
                 self.add("distill_harvest_wanted_answers", prompts.count * recipe.harvest.samples, run)
-        ledger = self._seen(folder / TEACHER_LEDGER)
-        if isinstance(ledger, Answers):
+        if answer_files(folder / TEACHER_LEDGER):
+            where = folder / TEACHER_LEDGER
+            ledger = self.ledgers[where] = self._ledgers_before.get(where) or Answers(where)
+            ledger.look()
             self.add("distill_harvest_answers_total", ledger.answered, run)
             for reason, count in ledger.failed().items():
                 self.add("distill_harvest_failed_answers", count, run, reason)
@@ -304,9 +324,9 @@ class _Scrape:
 
     def _rows(self, path: Path) -> Rows:
         if path not in self.files:
-            rows = self._before.get(path)
+            rows = self._files_before.get(path)
             if rows is None or rows.replaced():
-                rows = Answers(path) if path.match(TEACHER_LEDGER) else Rows(path)
+                rows = Rows(path)
             rows.look()
             self.files[path] = rows
         return self.files[path]

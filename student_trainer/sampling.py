@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from shared.artifacts import Ledger, Run
-from shared.collect import Ask, answer_offline
+from shared.collect import answer_offline
 from shared.contracts import Example, GenerationRequest, Response, Sampling
 from shared.datasets.stage import prepare
+from shared.harvest.ask import Ask
 from shared.prompts import messages, plain
 from shared.settings import Recipe
 

@@ -290,7 +290,7 @@ class UpstreamEngine:
         return RequestRefused(
             f"the prompt ({characters} characters) with an answer of max_tokens {request.sampling.max_tokens} is too long for this "
             f"model{room}: shorten it, or lower max_tokens",
-            too_long=True,
+            kind="too_long",
         )
 
 

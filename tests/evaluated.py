@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from shared.artifacts import Run
 from shared.contracts import Completion, GenerationRequest
 from shared.datasets.stage import prepare
+from shared.harvest.teacher import Answer
 from shared.settings import Recipe
 
 SERVING = {"name": "fake", "kind": "decoder-only", "eos_token": "</s>", "max_input_tokens": 512, "quantization": "int8"}
@@ -62,17 +63,22 @@ class FakeStudent:
 
 
 class FakeTeacher:
-    """The same over the engine protocol; an answer that is an error is raised."""
+    """The same over HTTP's protocol, one attempt a call; an answer that is an error is raised."""
+
+    most_choices: int | None = None
 
     def __init__(self, answer: Callable[[str], str | Exception]) -> None:
         self._answer, self.asked, self.closed = answer, 0, False
 
-    async def generate(self, request: GenerationRequest) -> list[Completion]:
+    async def ask(self, request: GenerationRequest) -> Answer:
         self.asked += 1
         answer = self._answer(prompt(request))
         if isinstance(answer, Exception):
             raise answer
-        return [Completion(text=answer, finish_reason="stop")]
+        return Answer((Completion(text=answer, finish_reason="stop"),))
+
+    def rendered(self, request: GenerationRequest) -> str:
+        return prompt(request)
 
     async def check(self) -> None: ...
 

@@ -1,11 +1,12 @@
-"""The client of any OpenAI-compatible API: an `Engine` behind a URL."""
+"""Clients of teachers over HTTP: one exchange with errors by class, and the OpenAI-compatible protocol on top of it."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
-import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
@@ -13,29 +14,195 @@ from typing import Any, Literal
 
 import aiohttp
 import httpx
-from httpx_aiohttp import HttpxAiohttpClient
+from httpx_aiohttp import AiohttpTransport
+from pydantic_core import PydanticSerializationError, to_json
 
 from shared.contracts import Completion, GenerationRequest
-from shared.errors import RequestRefused, SettingsError, TeacherRejected, TeacherUnavailable
+from shared.errors import (
+    NotTheApi,
+    RequestRefused,
+    SettingsError,
+    TeacherBusy,
+    TeacherError,
+    TeacherFailed,
+    TeacherLate,
+    TeacherRejected,
+    TeacherUnavailable,
+)
+from shared.harvest.teacher import Answer, Refusal, Teacher
+from shared.settings import TeacherSettings, read_secret
 
-MAX_WAIT_S = 60.0
-"""Longest pause between two attempts, whatever a Retry-After asks for (it may be a day)."""
 LONGEST_S = 7 * 86_400.0
 """What is made of a Retry-After that says never."""
-FIRST_WAIT_S = 0.5
-"""Upper bound of the first pause; it doubles with every attempt, and the pause is drawn from all below it (full jitter)."""
 CONNECTIONS = 1024
 """More than any harvest has in flight: the caller bounds concurrency, not the connection pool."""
 SHOWN = 200
 """Characters of a foreign answer that an error quotes."""
+MAX_BODY_BYTES = 16 * 2**20
+"""Of an answer, decompressed: what is longer is no text anybody has asked for."""
+SPENT = ("insufficient_quota", "billing_hard_limit_reached", "credit_balance_too_low")
+"""Codes of a 429 that no waiting helps against."""
 
 
-class HttpEngine:
-    """An `Engine` over `POST BASE_URL/chat/completions` or `/completions`.
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back, whole."""
 
-    Sends the standard fields alone. A server that ignores `n` gives fewer completions than asked for: they are returned as
-    they came, and the caller asks again for the rest. Proxy variables of the environment are heeded, but not for loopback URLs.
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+
+class Exchange:
+    """One HTTP request and its whole answer, with errors by what can be done about them.
+
+    Proxy variables of the environment are heeded, but not for loopback URLs.
     """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        headers: Mapping[str, str],
+        timeout_s: float,
+        secrets: Sequence[str] = (),
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """`timeout_s`: seconds for one whole exchange; `secrets`: what must not be quoted; `transport` is what tests replace.
+
+        Raises SettingsError for what is no http(s) URL.
+        """
+        self.base = parsed_url(base_url)
+        self._headers = {"accept": "application/json", "accept-encoding": "identity", **headers}
+        self._timeout_s, self._secrets = timeout_s, [secret for secret in secrets if secret]
+        # aiohttp below httpx: plain httpx slows down with many connections (encode/httpx issue 3215). The transport and not a client
+        # on top of it: that one merges URLs, headers and cookies anew for each request, a quarter of the whole cost
+        self._transport = transport or AiohttpTransport(client=self._session)
+
+    def _session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            # a context takes 50 ms to make
+            connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=httpx.create_ssl_context() if self.base.scheme == "https" else False),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=not is_loopback(self.base.host),
+        )
+
+    async def send(self, method: str, url: httpx.URL | str, content: bytes | None = None) -> Reply:
+        """Raises TeacherUnavailable where nobody was reached, TeacherLate, TeacherFailed for an answer that broke off, and
+        TeacherRejected for a certificate that is not trusted.
+        """
+        headers = self._headers if content is None else {**self._headers, "content-type": "application/json"}
+        request = httpx.Request(method, url, headers=headers, content=content)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._transport.handle_async_request(request)
+                try:
+                    body = await self._read(response, str(url))
+                finally:
+                    await response.aclose()
+        except TimeoutError as exc:
+            raise TeacherLate(f"{url}: no answer within {self._timeout_s:g} s", maybe_billed=True) from exc
+        except (httpx.TransportError, httpx.DecodingError, aiohttp.ClientError) as exc:
+            raise _failure(str(url), exc) from exc
+        return Reply(response.status_code, response.headers, body)
+
+    async def _read(self, response: httpx.Response, url: str) -> bytes:
+        pieces, size = [], 0
+        # some compress what they were asked not to
+        stream = response.aiter_bytes() if "content-encoding" in response.headers else response.stream
+        async for piece in stream:  # type: ignore[union-attr]
+            size += len(piece)
+            if size > MAX_BODY_BYTES:
+                raise RequestRefused(
+                    f"{url}: an answer of more than {MAX_BODY_BYTES} bytes; it was not read to its end", kind="over_long", maybe_billed=True
+                )
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def judge(self, reply: Reply, url: httpx.URL | str, *, remedy: str) -> None:
+        """Return for a status of 2xx; raise what any other one means. `remedy`: what to look at if this is not the API at all."""
+        status = reply.status
+        if 200 <= status < 300:
+            return
+        message = f"{url}: HTTP {status}: {self.quote(reply.body)}"
+        if status == 429 and any(code.encode() in reply.body for code in SPENT):
+            raise TeacherRejected(f"{message}; the account has no credit left: waiting does not help")
+        wait = retry_after(reply.headers.get("retry-after"))
+        if status == 429:
+            raise TeacherBusy(message, retry_after_s=wait)
+        if status == 408:
+            raise TeacherLate(message, retry_after_s=wait)
+        if status >= 500:
+            raise TeacherFailed(message, retry_after_s=wait)
+        if status in (400, 413, 422):
+            too_long = status == 413 or b"context_length_exceeded" in reply.body
+            raise RequestRefused(
+                message, kind="too_long" if too_long else "content_filter" if b"content_filter" in reply.body else "refused"
+            )
+        if status in (401, 403):
+            raise TeacherRejected(f"{message}; give the API key this server wants (teacher.api_key_file, DISTILL_TEACHER__API_KEY)")
+        if status == 402:
+            raise TeacherRejected(f"{message}; the account must pay first")
+        raise NotTheApi(f"{message}; {'the server is somewhere else; give its own URL' if 300 <= status < 400 else remedy}")
+
+    def json(self, reply: Reply, url: httpx.URL | str, *, remedy: str) -> Any:
+        """The parsed body of an answer, whatever charset its header names: JSON says its own. Raises NotTheApi."""
+        try:
+            return json.loads(reply.body)
+        except (ValueError, RecursionError) as exc:
+            kind = reply.headers.get("content-type", "no content type").partition(";")[0]
+            raise NotTheApi(f"{url} answered {kind}, not JSON: {self.quote(reply.body)}; {remedy}") from exc
+
+    def quote(self, said: bytes | str) -> str:
+        """The beginning of a foreign answer, on one line; a server may repeat the key it refuses."""
+        text = said if isinstance(said, str) else said[: 64 * SHOWN].decode(errors="replace")
+        text = " ".join(text.split())
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text[:SHOWN] + ("..." if len(text) > SHOWN else "") or "(nothing)"
+
+    def rendered(self, method: str, url: httpx.URL | str, body: Any) -> str:
+        """A request for a person to read; headers by name, since some are secrets."""
+        shown = json.dumps(body, indent=2, ensure_ascii=False)
+        for secret in self._secrets:
+            shown = shown.replace(secret, "***")
+        return f"{method} {url}\nheaders: {', '.join(sorted({*self._headers, 'content-type'}))}\n{shown}"
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+
+def encoded(body: Any, what: str) -> bytes:
+    """A request's body. Raises RequestRefused for text that is none, such as half a surrogate pair."""
+    try:
+        return to_json(body)
+    except (PydanticSerializationError, UnicodeError) as exc:
+        raise RequestRefused(f"{what}: the prompt cannot be sent as JSON: {exc}") from exc
+
+
+def _failure(url: str, exc: Exception) -> TeacherError:
+    """What a failed exchange was. The transport's own classes say too little: a connection cut in mid-answer is a ConnectTimeout there."""
+    cause = exc.__cause__ if isinstance(exc.__cause__, aiohttp.ClientError) else exc
+    message = f"{url}: {str(cause) or type(cause).__name__}"
+    if isinstance(cause, (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError)):
+        return TeacherRejected(
+            f"{message}; the server's certificate is not trusted here, or it speaks no TLS: mend the URL or the certificate "
+            "(SSL_CERT_FILE names a file with your own authority)"
+        )
+    if isinstance(cause, (aiohttp.ClientConnectorError, httpx.ConnectError)):
+        return TeacherUnavailable(message)
+    return TeacherFailed(message, maybe_billed=True)
+
+
+class OpenAITeacher:
+    """A `Teacher` over `POST BASE_URL/chat/completions` or `/completions`.
+
+    Sends the standard fields alone. A server that ignores `n` gives fewer choices than asked for: they are returned as they came,
+    and the caller asks again for the rest.
+    """
+
+    most_choices: int | None = None
+    """Choices a request may ask for; None: as many as one likes."""
 
     def __init__(
         self,
@@ -45,56 +212,50 @@ class HttpEngine:
         protocol: Literal["chat", "completions"] = "chat",
         api_key: str | None = None,
         timeout_s: float = 120.0,
-        max_attempts: int = 5,
         transport: httpx.AsyncBaseTransport | None = None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`timeout_s`: seconds for one whole attempt; `transport` and `sleep` are what tests replace.
+        """`timeout_s`: seconds for one whole attempt; `transport` is what tests replace.
 
         Raises SettingsError for what is no http(s) URL and for a key that no header can hold.
         """
-        self._base = parsed_url(base_url)
-        self._model, self._protocol, self._api_key = model, protocol, api_key
-        self._timeout_s, self._max_attempts, self._sleep = timeout_s, max_attempts, sleep
-        # the aiohttp transport: plain httpx slows down with many connections (encode/httpx issue 3215)
-        self._client = HttpxAiohttpClient(
-            transport=transport,
-            timeout=None,  # an attempt is bounded as a whole, below
-            trust_env=not is_loopback(self._base.host),
-            headers=headers_with(api_key),
-            limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
+        self._exchange = Exchange(
+            base_url, headers=headers_with(api_key), timeout_s=timeout_s, secrets=[api_key or ""], transport=transport
+        )
+        self._model, self._protocol = model, protocol
+        self._url = httpx.URL(f"{self._exchange.base}/{'chat/completions' if protocol == 'chat' else 'completions'}")
+        self._remedy = f"does the URL end in /v1, is it an OpenAI-compatible server, and does it know the model {model!r}?"
+
+    async def ask(self, request: GenerationRequest) -> Answer:
+        """One attempt; the choices in the order of their index. Raises as `Teacher.ask` says."""
+        reply = await self._exchange.send("POST", self._url, encoded(self._body(request), self._model))
+        self._exchange.judge(reply, self._url, remedy=self._remedy)
+        answer = self._exchange.json(reply, self._url, remedy=self._remedy)
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+            said = self._exchange.quote(reply.body)
+            raise NotTheApi(f"{self._url} answered JSON without a list of choices: {said}; {self._remedy}")
+        choices.sort(key=lambda choice: choice["index"] if isinstance(choice.get("index"), int) else 0)
+        usage = answer.get("usage")
+        return Answer(
+            tuple([self._choice(choice) for choice in choices[: request.n]]),
+            input_tokens=_count(usage, "prompt_tokens"),
+            output_tokens=_count(usage, "completion_tokens"),
         )
 
-    async def generate(self, request: GenerationRequest) -> list[Completion]:
-        """At most `request.n` completions, in the server's order.
-
-        Raises TeacherUnavailable after `max_attempts` attempts, TeacherRejected if retrying cannot help, RequestRefused for
-        this request alone: HTTP 400, 413, 422, or no answer that ended by a stop or at its length. Where some of several
-        answers ended in another way (filtered, say), the others are returned.
-        """
-        path, body = self._body(request)
-        choices = self._choices(await self._ask("POST", path, body), self._url(path))
-        completions, refused = [], None
-        for choice in choices[: request.n]:
-            try:
-                completions.append(self._completion(choice, self._url(path)))
-            except RequestRefused as exc:
-                refused = exc
-        if refused is not None and not completions:
-            raise refused
-        return completions
+    def rendered(self, request: GenerationRequest) -> str:
+        return self._exchange.rendered("POST", self._url, self._body(request))
 
     async def check(self) -> None:
-        """Return if the server lists its models. One attempt. Raises TeacherUnavailable, TeacherRejected."""
-        await self._attempt("GET", "models", None)
+        """Return if the server lists its models. One attempt. Raises as `ask` does."""
+        url = f"{self._exchange.base}/models"
+        reply = await self._exchange.send("GET", url)
+        self._exchange.judge(reply, url, remedy=self._remedy)
+        self._exchange.json(reply, url, remedy=self._remedy)
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._exchange.aclose()
 
-    def _url(self, path: str) -> str:
-        return f"{self._base}/{path}"
-
-    def _body(self, request: GenerationRequest) -> tuple[str, dict[str, Any]]:
+    def _body(self, request: GenerationRequest) -> dict[str, Any]:
         sampling = request.sampling
         body: dict[str, Any] = {
             "model": self._model,
@@ -110,84 +271,51 @@ class HttpEngine:
         if self._protocol == "chat":
             if request.messages is None:
                 raise RequestRefused("a plain prompt cannot be asked by the chat protocol: give messages")
-            return "chat/completions", body | {"messages": [m.model_dump() for m in request.messages]}
-        if request.prompt is None:
-            raise RequestRefused("chat messages cannot be asked by the completions protocol: give a plain prompt")
-        return "completions", body | {"prompt": request.prompt}
-
-    async def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        for attempt in range(1, self._max_attempts + 1):
-            try:
-                return await self._attempt(method, path, body)
-            except TeacherUnavailable as exc:
-                if attempt == self._max_attempts:
-                    message = f"{exc} (attempt {attempt} of {self._max_attempts})"
-                    raise TeacherUnavailable(message, retry_after_s=exc.retry_after_s) from exc
-                jitter = random.uniform(0, min(MAX_WAIT_S, FIRST_WAIT_S * 2 ** (attempt - 1)))
-                # all who were told the same time would come back at once
-                await self._sleep(jitter if exc.retry_after_s is None else min(MAX_WAIT_S, exc.retry_after_s + jitter))
-        raise AssertionError("unreachable: max_attempts is at least 1")
-
-    async def _attempt(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """One request; the parsed JSON of its answer."""
-        url = self._url(path)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                response = await self._client.request(method, url, json=body)
-        except TimeoutError as exc:
-            raise TeacherUnavailable(f"{url}: no answer within {self._timeout_s:g} s") from exc
-        except (httpx.TransportError, aiohttp.ClientError) as exc:
-            raise TeacherUnavailable(f"{url}: {str(exc) or type(exc).__name__}") from exc
-        status, said = response.status_code, self._quote(response.text)
-        if status in (408, 429) or status >= 500:
-            raise TeacherUnavailable(f"{url}: HTTP {status}: {said}", retry_after_s=retry_after(response.headers.get("retry-after")))
-        if status in (400, 413, 422):
-            raise RequestRefused(f"{url}: HTTP {status}: {said}")
-        if status != 200:
-            raise TeacherRejected(f"{url}: HTTP {status}: {said}; {self._remedy(status)}")
-        try:
-            return response.json()
-        except ValueError as exc:
-            kind = response.headers.get("content-type", "no content type").partition(";")[0]
-            raise TeacherRejected(f"{url} answered {kind}, not JSON: {said}; is the URL right? It should end in /v1") from exc
-
-    def _choices(self, answer: Any, url: str) -> list[dict[str, Any]]:
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
-            said = self._quote(str(answer))
-            raise TeacherRejected(f"{url} answered JSON without a list of choices: {said}; is this an OpenAI-compatible server?")
-        return sorted(choices, key=lambda choice: choice["index"] if isinstance(choice.get("index"), int) else 0)
-
-    def _completion(self, choice: dict[str, Any], url: str) -> Completion:
-        reason = choice.get("finish_reason")
-        if reason not in ("stop", "length"):
-            raise RequestRefused(f"{url}: an answer ended with finish_reason {reason!r}; only stop and length are answers")
-        if self._protocol == "completions":
-            text = choice.get("text")
+            body["messages"] = [{"role": message.role, "content": message.content} for message in request.messages]
         else:
-            message = choice.get("message")
-            # null content is how some servers say that nothing was generated
-            text = (message.get("content") or "") if isinstance(message, dict) else None
+            if request.prompt is None:
+                raise RequestRefused("chat messages cannot be asked by the completions protocol: give a plain prompt")
+            body["prompt"] = request.prompt
+        return body
+
+    def _choice(self, choice: dict[str, Any]) -> Completion | Refusal:
+        said = choice.get("message") if self._protocol == "chat" else choice
+        if not isinstance(said, dict):
+            return Refusal("no_text", f"a choice without a message: {self._exchange.quote(str(choice))}")
+        text, reason = said.get("content" if self._protocol == "chat" else "text"), choice.get("finish_reason")
+        if reason == "content_filter":
+            return Refusal("content_filter", "the teacher's filter kept the answer back")
+        if said.get("refusal"):
+            return Refusal("refused", self._exchange.quote(str(said["refusal"])))
+        # null content is how some servers say that nothing was generated
+        if text is None and reason in ("stop", "length"):
+            text = ""
         if not isinstance(text, str):
-            said = self._quote(str(choice))
-            raise TeacherRejected(f"{url} answered a choice without text: {said}; is this an OpenAI-compatible server?")
+            return Refusal("no_text", f"an answer that is no text: {self._exchange.quote(str(choice))}")
+        if reason not in ("stop", "length"):
+            return Refusal("refused", f"an answer ended with finish_reason {reason!r}; only stop and length are answers")
         return Completion(text=text, finish_reason=reason)
 
-    def _quote(self, text: str) -> str:
-        """The beginning of a foreign answer, on one line; a server may repeat the key it refuses."""
-        text = " ".join(text.split())
-        if self._api_key:
-            text = text.replace(self._api_key, "***")
-        return text[:SHOWN] + ("..." if len(text) > SHOWN else "") or "(nothing)"
 
-    def _remedy(self, status: int) -> str:
-        if status in (401, 403):
-            return "give the API key this server wants"
-        if status == 404:
-            return f"does the URL end in /v1, and does the server know the model {self._model!r}?"
-        if 300 <= status < 400:
-            return "the server is somewhere else; give its own URL"
-        return "is this an OpenAI-compatible server?"
+def _count(usage: Any, field: str) -> int | None:
+    """A number of tokens, if the teacher gives one that makes sense."""
+    count = usage.get(field) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and count >= 0 else None
+
+
+def teacher_of(settings: TeacherSettings, given: str | None) -> Teacher:
+    """The client of a recipe's teacher. `given`: the URL at which a launched one is found today.
+
+    Raises SettingsError where nobody has said where it answers, or for an unreadable key file.
+    """
+    url = settings.address(given)
+    key = read_secret(settings.api_key, settings.api_key_file, "teacher.api_key")
+    if settings.protocol == "custom":
+        from shared.http.custom import CustomTeacher
+
+        assert settings.custom is not None  # the settings refuse one without the other
+        return CustomTeacher(url, settings.custom, model=settings.public_name, api_key=key, timeout_s=settings.timeout_s)
+    return OpenAITeacher(url, model=settings.public_name, protocol=settings.protocol, api_key=key, timeout_s=settings.timeout_s)
 
 
 def headers_with(api_key: str | None) -> dict[str, str]:

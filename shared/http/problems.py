@@ -112,7 +112,7 @@ def problem(exc: DistillError, request_id: str = "-") -> JSONResponse:
         case OverADay():
             return error_answer(400, str(exc), param="max_tokens", code="insufficient_quota")
         case RequestRefused():
-            return error_answer(400, str(exc), code="context_length_exceeded" if exc.too_long else None)
+            return error_answer(400, str(exc), code="context_length_exceeded" if exc.kind == "too_long" else None)
         case NotReady():
             return error_answer(503, str(exc), headers=_retry_after(exc))
         case TeacherBusy():

@@ -1,19 +1,92 @@
-"""`distill harvest`: ask the teacher for its answers, each kept in a ledger."""
+"""`distill harvest`: ask the teacher for its answers, each kept in a ledger; `distill harvest status` and `export` read it."""
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+from typing import get_args
+
 from shared.commands import open_run, stage_parser
+from shared.errors import SettingsError
+
+ALL = "all"
 
 
 def main(argv: list[str]) -> int:
-    """Run the stage responses/teacher. Returns the exit code."""
+    """Run the stage responses/teacher, or tell how it stands. Returns the exit code."""
+    if argv[:1] == ["status"]:
+        return _status(argv[1:])
+    if argv[:1] == ["export"]:
+        return _export(argv[1:])
     parser = stage_parser(
-        "harvest", "Ask the teacher for sampled answers to every training prompt. Run again, it asks for what is missing."
+        "harvest",
+        "Ask the teacher for sampled answers to every training prompt. Run again, it asks for what is missing. "
+        "`distill harvest status DIR` tells how a harvest stands, `distill harvest export DIR FILE` writes its answers as Parquet.",
     )
     parser.add_argument("--teacher-url", metavar="URL", help="where the teacher answers, with its /v1, if the recipe has no teacher.url")
-    parser.add_argument("--retry-failed", action="store_true", help="ask again for the samples that failed")
+    parser.add_argument(
+        "--retry-failed",
+        nargs="?",
+        const=ALL,
+        metavar="CLASS,...",
+        help="ask again for what failed: for all of it, or for some classes (refused, content_filter, empty, ...; cut_off for answers "
+        "that ended at the token limit)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print requests, their number and what they may cost, and send nothing")
+    parser.add_argument(
+        "--metrics-file", type=Path, metavar="PROM", help="keep this file up to date for Prometheus's node exporter (textfile collector)"
+    )
+    arguments = parser.parse_args(argv)
+    retry = _classes(arguments.retry_failed)
+    if arguments.metrics_file and arguments.metrics_file.suffix != ".prom":
+        raise SettingsError(f"--metrics-file {arguments.metrics_file}: the node exporter reads files that end in .prom")
+    run = open_run(arguments)
+
+    from student_trainer.harvest.stage import dry_run, run_stage
+
+    if arguments.dry_run:
+        return dry_run(run, teacher_url=arguments.teacher_url, retry=retry)
+    return run_stage(run, teacher_url=arguments.teacher_url, retry=retry, metrics_file=arguments.metrics_file)
+
+
+def _classes(given: str | None) -> frozenset[str]:
+    from shared.contracts import CUT_OFF
+    from shared.errors import FailureClass
+
+    if given is None:
+        return frozenset()
+    if given == ALL:
+        return frozenset(get_args(FailureClass))
+    known = {*get_args(FailureClass), CUT_OFF}
+    wanted = {name.strip() for name in given.split(",")}
+    if unknown := sorted(wanted - known):
+        raise SettingsError(f"--retry-failed {given}: no class of failures is called {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    return frozenset(wanted)
+
+
+def _status(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="distill harvest status", description="How a harvest stands, running or not. Reads only; disturbs nothing."
+    )
+    parser.add_argument("run", type=Path, metavar="DIR", help="the run directory")
     arguments = parser.parse_args(argv)
 
-    from student_trainer.harvest.stage import harvest
+    from student_trainer.harvest.status import report
 
-    return harvest(open_run(arguments), teacher_url=arguments.teacher_url, retry_failed=arguments.retry_failed)
+    print(report(arguments.run))
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="distill harvest export",
+        description="Write the teacher's answers as Parquet, or as a folder for datasets.load_from_disk.",
+    )
+    parser.add_argument("run", type=Path, metavar="DIR", help="the run directory")
+    parser.add_argument("to", type=Path, metavar="FILE", help="a name that ends in .parquet, or that of a folder")
+    arguments = parser.parse_args(argv)
+
+    from student_trainer.harvest.export import export
+
+    print(f"{arguments.to}: {export(arguments.run / 'responses' / 'teacher', arguments.to)} rows")
+    return 0

@@ -4,103 +4,183 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from shared.artifacts import Ledger, Run
-from shared.collect import Ask, Collected, answers, collect
-from shared.contracts import Example, GenerationRequest, Response, Sampling
+from shared.artifacts import Run, Stage
+from shared.collect import Collected
+from shared.commands import interruptible
+from shared.contracts import Example, GenerationRequest, Sampling
 from shared.datasets.stage import prepare, shots
-from shared.engines import Engine
 from shared.errors import HarvestTooThin
+from shared.harvest.ask import Ask
+from shared.harvest.budget import Budget, estimated_tokens
+from shared.harvest.ledger import AnswerLedger
+from shared.harvest.redaction import Redaction
+from shared.harvest.scheduler import Limits, harvest
+from shared.http.client import teacher_of
 from shared.prompts import messages, plain
-from shared.settings import Recipe, read_secret
+from shared.settings import Recipe
+from student_trainer.harvest.watch import Watch
 
 STAGE = "responses/teacher"
-LEDGER = "responses.jsonl"
+ACCOUNT = "spent.json"
 SAMENESS = 0.05
 """At most this share of prompts with different samples makes sampling look switched off."""
+ALIKE = 1024
+"""Prompts that are put in the order of their length, so that an engine batches like with like."""
+SHOWN_REQUESTS = 3
 
 
-def harvest(run: Run, *, teacher_url: str | None = None, retry_failed: bool = False) -> int:
+def run_stage(run: Run, *, teacher_url: str | None = None, retry: frozenset[str] = frozenset(), metrics_file: Path | None = None) -> int:
     """Collect what is missing and write the manifest. Returns the exit code.
 
-    Raises SettingsError (no URL, bad key file), TeacherError, HarvestTooThin (above harvest.max_failed_fraction), StorageError.
+    A first Ctrl-C or SIGTERM ends the harvest with everything kept, a second one at once.
+    Raises SettingsError (no URL, bad key file), TeacherError, HarvestTooThin (above harvest.max_failed_fraction), BudgetSpent,
+    StorageError, Stopped.
     """
     recipe = run.recipe
     train = prepare(run)["train"]
     stage = run.stage(STAGE, inputs=["dataset"])
-    if stage.complete and not retry_failed:
+    if stage.complete and not retry:
         print(f"{STAGE}: complete, nothing to do")
         return 0
-    url = recipe.teacher.address(teacher_url)
-    key = read_secret(recipe.teacher.api_key, recipe.teacher.api_key_file, "teacher.api_key")
-    asks = teacher_asks(run, train)
-    with Ledger(stage.path / LEDGER, Response) as ledger:
-        collected = asyncio.run(_collect(recipe, url, key, asks, ledger, retry_failed=retry_failed))
-        rows = answers(asks, ledger)
-    check(recipe, collected, rows)
-    settings = {"teacher": recipe.teacher.model_dump(mode="json"), "asked_at": url, "harvest": recipe.harvest.model_dump(mode="json")}
-    stage.finish([stage.path / LEDGER], settings=settings, counts=collected.counts())
-    print(f"{STAGE}: {collected.explain()}")
+    prompts = Prompts(run, train)
+    teacher = teacher_of(recipe.teacher, teacher_url)
+    watch = Watch(stage.path, run.path.name, metrics_file)
+    with (
+        AnswerLedger(stage.path) as ledger,
+        Budget(stage.path / ACCOUNT, recipe.harvest.budget, recipe.teacher.price) as budget,
+        interruptible() as stopping,
+    ):
+
+        async def collect() -> Collected:
+            try:
+                return await harvest(
+                    teacher,
+                    prompts,
+                    ledger,
+                    limits=Limits.of(recipe),
+                    total=len(train) * recipe.harvest.samples,
+                    retry=retry,
+                    budget=budget,
+                    watch=watch,
+                    stopping=stopping,
+                )
+            finally:
+                await teacher.aclose()
+
+        collected = asyncio.run(collect())
+        stopping.raise_if_asked()
+        check(recipe, collected)
+        answers = ledger.compact()
+    finish(stage, recipe, answers, collected, prompts.redaction.counts)
     return 0
 
 
-def teacher_asks(run: Run, examples: Sequence[Example]) -> list[Ask]:
-    """One ask for each training example, with `harvest.shots` others solved before it. Raises DataError if there are too few."""
-    recipe = run.recipe
-    settings, teacher = recipe.harvest, recipe.teacher
-    sampling = Sampling(
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        stop=settings.stop,
-        seed=recipe.seed * 1000,
-    )
-    # one to spare: a row that is itself among the shots would tell its own answer
-    drawn = shots(run, examples, settings.shots + 1) if settings.shots else ()
-    asks = []
-    for example in examples:
-        solved = [shot for shot in drawn if shot.id != example.id][: settings.shots]
-        if teacher.protocol == "chat":
-            request = GenerationRequest(messages=messages(recipe.task, example.question, solved), n=settings.samples, sampling=sampling)
-        else:
-            request = GenerationRequest(prompt=plain(recipe.task, example.question, solved), n=settings.samples, sampling=sampling)
-        asks.append(Ask(example.id, request, identity=teacher.identity, model=teacher.public_name, protocol=teacher.protocol))
-    return asks
+def finish(stage: Stage, recipe: Recipe, answers: Path, collected: Collected, redacted: Counter[str]) -> None:
+    counts = collected.counts()
+    if recipe.harvest.redact is not None:
+        counts["redacted"] = dict(sorted(redacted.items()))
+    settings = {"teacher": recipe.teacher.model_dump(mode="json"), "harvest": recipe.harvest.model_dump(mode="json")}
+    stage.finish([answers], settings=settings, counts=counts)
+    print(f"{STAGE}: {collected.explain()}")
 
 
-def check(recipe: Recipe, collected: Collected, rows: Sequence[Sequence[Response]]) -> None:
+@dataclass
+class Prompts:
+    """What is asked: one prompt for each training example, with `harvest.shots` others solved before it.
+
+    Raises DataError if there are too few for the shots, SettingsError where redaction is wanted and its libraries are missing.
+    """
+
+    run: Run
+    examples: Sequence[Example]
+    redaction: Redaction = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = self.run.recipe.harvest
+        self.redaction = Redaction(settings.redact, region=settings.redact_region)
+        # one to spare: a row that is itself among the shots would tell its own answer
+        self._drawn = shots(self.run, self.examples, settings.shots + 1) if settings.shots else ()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Ask]:
+        recipe = self.run.recipe
+        settings, teacher = recipe.harvest, recipe.teacher
+        sampling = Sampling(
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            stop=settings.stop,
+            seed=recipe.seed * 1000,
+        )
+        self.redaction.counts.clear()
+        solved = [self.redaction.of(shot) for shot in self._drawn]
+        self.redaction.counts.clear()  # a shot leaves with every prompt: its hits are counted where it is itself the question
+        for first in range(0, len(self.examples), ALIKE):
+            for example in sorted(self.examples[first : first + ALIKE], key=lambda example: len(example.question)):
+                asked = self.redaction.of(example)
+                before = [shot for shot in solved if shot.id != example.id][: settings.shots]
+                if teacher.chat:
+                    request = GenerationRequest(
+                        messages=messages(recipe.task, asked.question, before), n=settings.samples, sampling=sampling
+                    )
+                else:
+                    request = GenerationRequest(prompt=plain(recipe.task, asked.question, before), n=settings.samples, sampling=sampling)
+                yield Ask(example.id, request, identity=teacher.identity, model=teacher.public_name, protocol=teacher.protocol)
+
+
+def check(recipe: Recipe, collected: Collected) -> None:
     """Raise HarvestTooThin if too much failed; say so if sampling seems to have no effect."""
-    failed = Counter(row.reason for of_prompt in rows for row in of_prompt if row.status == "failed")
     if collected.failed_fraction > recipe.harvest.max_failed_fraction:
+        most = max(collected.failed, key=lambda kind: collected.failed[kind])
         raise HarvestTooThin(
             f"{collected.explain()}: more than harvest.max_failed_fraction = {recipe.harvest.max_failed_fraction:g} failed, "
-            f"most with: {failed.most_common(1)[0][0]}. All rows are kept; mend the cause and run the same command with --retry-failed"
+            f"most with: {collected.said.get(most, most)}. All rows are kept; mend the cause and run the same command with --retry-failed"
         )
-    texts = [[row.text for row in of_prompt if row.status == "ok"] for of_prompt in rows]
-    varied = [len(set(found)) > 1 for found in texts if len(found) > 1]
-    if recipe.harvest.temperature > 0 and varied and sum(varied) <= SAMENESS * len(varied):
+    if collected.one_text:
+        print(f"{STAGE}: warning: the teacher gives one and the same text whatever it is asked: is it the model you mean?")
+    elif recipe.harvest.temperature > 0 and collected.several and collected.varied <= SAMENESS * collected.several:
         print(
             f"{STAGE}: warning: the samples of a prompt are nearly always the same text: "
             "does the teacher heed temperature, seed and n? There is nothing to rank among equal answers"
         )
 
 
-async def _collect(
-    recipe: Recipe, url: str, key: str | None, asks: Sequence[Ask], ledger: Ledger[Response], *, retry_failed: bool
-) -> Collected:
-    from shared.http.client import HttpEngine
-
-    teacher = recipe.teacher
-    engine: Engine = HttpEngine(
-        url,
-        model=teacher.public_name,
-        protocol=teacher.protocol,
-        api_key=key,
-        timeout_s=teacher.timeout_s,
-        max_attempts=teacher.max_attempts,
-    )
-    try:
-        return await collect(engine, asks, ledger, concurrency=recipe.harvest.concurrency, what="harvest", retry_failed=retry_failed)
-    finally:
-        await engine.aclose()
+def dry_run(run: Run, *, teacher_url: str | None = None, retry: frozenset[str] = frozenset()) -> int:
+    """Print what a harvest would send, what it may cost and three requests in full; send nothing. Returns the exit code."""
+    recipe = run.recipe
+    train = prepare(run)["train"]
+    stage = run.stage(STAGE, inputs=["dataset"])
+    prompts = Prompts(run, train)
+    launched = "http://launched.teacher/v1" if recipe.teacher.launch else None
+    teacher = teacher_of(recipe.teacher, teacher_url or launched)
+    requests = samples = inputs = 0
+    shown: list[str] = []
+    with AnswerLedger(stage.path) as ledger:
+        for ask in prompts:
+            missing = [i for i in range(ask.request.n) if (row := ledger.find(ask.key(i), ask.example_id)) is None or row.kind in retry]
+            if not missing:
+                continue
+            made = -(-len(missing) // (teacher.most_choices or len(missing)))
+            requests += made
+            samples += len(missing)
+            inputs += made * estimated_tokens(ask.request)
+            if len(shown) < SHOWN_REQUESTS:
+                shown.append(teacher.rendered(ask.part(range(missing[0], missing[0] + -(-len(missing) // made)))))
+    print(*(f"request {number}: {text}\n" for number, text in enumerate(shown, 1)), sep="\n")
+    outputs = samples * recipe.harvest.max_tokens
+    print(f"{STAGE}: {requests} requests for {samples} of {len(train) * recipe.harvest.samples} answers; nothing was sent")
+    print(f"about {inputs} tokens in (one for every 3 bytes of UTF-8, and 8 a message), at most {outputs} out")
+    if price := recipe.teacher.price:
+        cost = (inputs * price.input_per_million + outputs * price.output_per_million) / 1e6
+        cap = recipe.harvest.budget.cost
+        print(f"about {cost:.4g} at most by teacher.price{f'; harvest.budget.cost is {cap:g}' if cap is not None else ''}")
+    if recipe.harvest.redact is not None:
+        found = ", ".join(f"{count} {kind}" for kind, count in sorted(prompts.redaction.counts.items())) or "nothing"
+        print(f"taken out before it would be sent: {found}")
+    return 0

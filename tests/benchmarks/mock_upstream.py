@@ -55,17 +55,22 @@ class Mock(asyncio.Protocol):
                 return
             request, self._received = self._received[:whole], self._received[whole:]
             path = request[: request.index(b"\r\n")].split(b" ")[1]
-            number = NUMBER.search(request, end)
             if path == b"/v1/models":
                 self._send(200, b'{"object":"list","data":[{"id":"mock-7b","object":"model","created":1,"owned_by":"mock"}]}')
-            elif number is None or not path.endswith(b"/completions"):
-                self._send(400, b'{"error":{"message":"a benchmark asks for completions of a prompt with #NUMBER, with a Content-Length"}}')
             else:
-                answer = self._stream if STREAM.search(request, end) else self._answer
-                if self._delay_s:
-                    self._loop.call_later(self._delay_s, answer, path == CHAT, int(number[1]))
-                else:
-                    answer(path == CHAT, int(number[1]))
+                self._asked(path, request, end)
+
+    def _asked(self, path: bytes, request: bytes, end: int) -> None:
+        """Answer a whole request whose head ends at `end`."""
+        number = NUMBER.search(request, end)
+        if number is None or not path.endswith(b"/completions"):
+            self._send(400, b'{"error":{"message":"a benchmark asks for completions of a prompt with #NUMBER, with a Content-Length"}}')
+            return
+        answer = self._stream if STREAM.search(request, end) else self._answer
+        if self._delay_s:
+            self._loop.call_later(self._delay_s, answer, path == CHAT, int(number[1]))
+        else:
+            answer(path == CHAT, int(number[1]))
 
     def _send(self, status: int, body: bytes) -> None:
         self._transport.write(

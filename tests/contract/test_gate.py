@@ -139,7 +139,7 @@ def test_a_stream_shows_words_and_not_how_the_engine_cut_them() -> None:
         (TeacherBusy("engine-7", retry_after_s=3), 429),
         (TeacherLate("engine-7"), 504),
         (TeacherFailed("engine-7"), 502),
-        (RequestRefused("too long", too_long=True), 400),
+        (RequestRefused("too long", kind="too_long"), 400),
         (RuntimeError("engine-7"), 500),
     ],
 )

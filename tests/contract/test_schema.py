@@ -208,7 +208,7 @@ JSON = {"content-type": "application/json"}
 PROBES: list[tuple[str, int, Callable[[], Any], Callable[[], Ask]]] = [
     ("no json", 400, app_of, lambda: asking(content=b"{", json=None, headers=JSON)),
     ("a long prompt", 400, lambda: app_of(bounds=Bounds(max_prompt_characters=5)), asking),
-    ("a prompt over the model's limit", 400, lambda: raising(RequestRefused("too long", too_long=True)), asking),
+    ("a prompt over the model's limit", 400, lambda: raising(RequestRefused("too long", kind="too_long")), asking),
     ("no key", 401, app_of, lambda: asking(key=None)),
     ("an unknown key", 401, app_of, lambda: asking(key="x" * 30)),
     ("a revoked key", 403, app_of, lambda: asking(key=REVOKED)),

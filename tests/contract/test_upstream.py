@@ -272,7 +272,7 @@ def test_a_prompt_too_long_for_the_model_is_told_in_characters_and_not_in_tokens
 
         with pytest.raises(RequestRefused) as refused:
             run(ask)
-        assert refused.value.too_long
+        assert refused.value.kind == "too_long"
         assert "the prompt (18 characters)" in str(refused.value)
         assert room in str(refused.value)
         assert "2048" not in str(refused.value)

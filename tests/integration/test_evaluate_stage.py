@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from evaluated import FakeStudent, FakeTeacher, export, exported_run
 
-from evaluator.run import main, open_teacher
+from evaluator.run import main
 from evaluator.stage import evaluate, score_again
 from evaluator.systems import SYSTEMS
 from shared.artifacts import read_jsonl

@@ -249,19 +249,16 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_run_says_its_format_and_one_of_0_1_0_that_does_not_is_of_format_1(tmp_path: Path) -> None:
+@pytest.mark.parametrize("theirs", [None, 1, 3])
+def test_a_run_of_another_format_is_refused_with_the_remedy_before_anything_is_written(tmp_path: Path, theirs: int | None) -> None:
     Run.open(tmp_path, recipe())
     file = tmp_path / "run.json"
     description = json.loads(file.read_text())
-    assert description.pop("format") == 1
-    file.write_text(json.dumps(description))
-    Run.open(tmp_path, recipe())
-
-
-def test_a_run_of_another_format_is_refused_with_the_remedy_before_anything_is_written(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text('{"format": 2, "settings": "of another kind"}')
+    assert description.pop("format") == 2
+    file.write_text(json.dumps(description | ({"format": theirs} if theirs else {})))
     before = content(tmp_path)
-    with pytest.raises(RunMismatch, match=r"run\.json: format 2, .* format 1; use the one that wrote it, or give another --out .*RUN=name"):
+    said = rf"run\.json: format {theirs or 1}, .* format 2; use the one that wrote it, or give another --out .*RUN=name"
+    with pytest.raises(RunMismatch, match=said):
         Run.open(tmp_path, recipe())
     assert content(tmp_path) == before
 

@@ -70,7 +70,9 @@ def test_a_wrong_option_ends_with_the_code_of_wrong_settings() -> None:
     assert caught.value.code == errors.SettingsError.exit_code
 
 
-def test_every_error_is_one_line_and_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_error_is_one_line_and_has_its_own_exit_code_and_some_tell_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     documented = dict(re.findall(r"^ *(\w+) +(\d+)(?: |$)", errors.__doc__ or "", re.MULTILINE))
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.DistillError)]
     assert {c.__name__ for c in classes} == set(documented)
@@ -81,7 +83,9 @@ def test_every_error_is_one_line_and_has_its_own_exit_code(monkeypatch: pytest.M
 
         command(monkeypatch, fail)
         assert main(["harvest"]) == error.exit_code == int(documented[error.__name__])
-        assert capsys.readouterr().err == "distill harvest: what is wrong; what to do\n"
+        again = "once that is mended, to go on:\n  distill harvest\n" if error.goes_on else ""
+        assert capsys.readouterr().err == f"distill harvest: what is wrong; what to do\n{again}"
+    assert {c.__name__ for c in classes if c.goes_on} >= {"TeacherUnavailable", "BudgetSpent", "Stopped"}
 
 
 def test_an_error_of_our_own_making_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,7 @@ def test_an_empty_variable_counts_as_none(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_settings_of_procedure_are_settings() -> None:
-    assert set(dotted_names(Recipe)) >= PROCEDURE
+    assert set(dotted_names(Recipe)) >= set(PROCEDURE)
 
 
 def test_assignments_are_read_as_yaml() -> None:

@@ -1,0 +1,1 @@
+"""Asking a black-box teacher: as fast as it allows, nothing lost, nothing paid twice."""

@@ -1,0 +1,167 @@
+"""What a harvest may cost: set aside before a request is sent, settled after it, and never overshot."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from shared.contracts import Completion, GenerationRequest
+from shared.errors import DataError, storage_error
+from shared.harvest.teacher import Answer
+from shared.settings import BudgetSettings, PriceSettings
+
+BYTES_A_TOKEN = 3
+"""Of UTF-8 text, where the teacher does not say what it has counted: English has 4 to 5, other languages 2 to 4."""
+TOKENS_A_MESSAGE = 8
+"""Beside its text, for its role and its marks."""
+TOKENS_A_REQUEST = 128
+"""Set aside for what a chat template adds of its own, such as a system prompt."""
+WIDTH = 160
+"""Bytes of the account: one line, written in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What one request may cost at most."""
+
+    request: GenerationRequest
+    cost: float
+
+
+@dataclass
+class Account:
+    """What a harvest has used so far, all commands together; of requests whose fate nobody knows the most they can have cost."""
+
+    requests: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+
+
+def estimated_tokens(request: GenerationRequest) -> int:
+    """Tokens of a prompt by rule: one for every 3 bytes of UTF-8, and 8 a message."""
+    texts = [message.content for message in request.messages or ()] + ([request.prompt] if request.prompt is not None else [])
+    return sum(tokens_of(text) for text in texts) + TOKENS_A_MESSAGE * len(texts)
+
+
+def tokens_of(text: str) -> int:
+    return math.ceil(len(text.encode(errors="replace")) / BYTES_A_TOKEN)
+
+
+class Budget:
+    """The account of one harvest in a file, true after a SIGKILL at any instant: what is in flight counts as spent.
+
+    A prompt has at most as many tokens as bytes, and an answer at most max_tokens: by that a request is set aside.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        caps: BudgetSettings,
+        price: PriceSettings | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Raises DataError for a damaged account, StorageError."""
+        self._caps, self._clock = caps, clock
+        self._in, self._out = (price.input_per_million / 1e6, price.output_per_million / 1e6) if price else (0.0, 0.0)
+        self.priced = price is not None
+        self._path = file
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            found = os.pread(self._file, WIDTH, 0)
+        except OSError as exc:
+            raise storage_error(exc, file) from exc
+        try:
+            self.account = Account(**json.loads(found)) if found.strip() else Account()
+        except (ValueError, TypeError) as exc:
+            os.close(self._file)
+            raise DataError(f"{file}: not a readable account of what the harvest has cost; write there what you know it has") from exc
+        self._before_s, self._started = self.account.seconds, clock()
+
+    def reserve(self, request: GenerationRequest) -> Reserved | None:
+        """Set aside what a request may cost at most; None if that does not fit beside what is spent and set aside. Raises StorageError."""
+        account, caps = self.account, self._caps
+        cost = self._in * self._most_tokens(request) + self._out * request.n * request.sampling.max_tokens if self.priced else 0.0
+        if caps.requests is not None and account.requests + 1 > caps.requests:
+            return None
+        if caps.cost is not None and account.cost + cost > caps.cost:
+            return None
+        if self.late:
+            return None
+        account.requests += 1
+        account.cost += cost
+        self._write()
+        return Reserved(request, cost)
+
+    def settle(self, reserved: Reserved, answer: Answer | None, *, billed: bool) -> None:
+        """Replace what was set aside by what it was: by the teacher's count, else by rule; all of it if nobody knows.
+
+        `answer`: None where none came; `billed`: whether it may have been charged all the same (it broke off, or came too late).
+        """
+        if not self.priced or (answer is None and billed):
+            return
+        cost = 0.0
+        if answer is not None:
+            counted = answer.input_tokens if answer.input_tokens is not None else estimated_tokens(reserved.request)
+            cost = self._in * counted + self._out * self._answered_tokens(reserved.request, answer)
+        self.account.cost += cost - reserved.cost
+        self._write()
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is up."""
+        return self._caps.seconds is not None and self._before_s + self._clock() - self._started >= self._caps.seconds
+
+    def explain(self) -> str:
+        """Which cap is reached, for a message."""
+        account, caps = self.account, self._caps
+        if self.late:
+            return f"harvest.budget.seconds = {caps.seconds:g}"
+        if caps.requests is not None and account.requests >= caps.requests:
+            return f"harvest.budget.requests = {caps.requests} ({account.requests} made)"
+        return f"harvest.budget.cost = {caps.cost:g} ({account.cost:.6g} spent, and the next request might cost more than what is left)"
+
+    def sync(self) -> None:
+        """Make the account durable. Raises StorageError."""
+        try:
+            os.fsync(self._file)
+        except OSError as exc:
+            raise storage_error(exc, self._path) from exc
+
+    def close(self) -> None:
+        self._write()
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _most_tokens(self, request: GenerationRequest) -> int:
+        texts = [message.content for message in request.messages or ()] + ([request.prompt] if request.prompt is not None else [])
+        return sum(len(text.encode(errors="replace")) for text in texts) + TOKENS_A_MESSAGE * len(texts) + TOKENS_A_REQUEST
+
+    def _answered_tokens(self, request: GenerationRequest, answer: Answer) -> int:
+        if answer.output_tokens is not None:
+            return answer.output_tokens
+        most = request.sampling.max_tokens
+        # of an answer that was kept back nobody knows its length
+        return sum(min(most, tokens_of(c.text)) if isinstance(c, Completion) else most for c in answer.choices)
+
+    def _write(self) -> None:
+        account = self.account
+        account.seconds = round(self._before_s + self._clock() - self._started, 3)
+        line = f'{{"requests": {account.requests}, "cost": {account.cost!r}, "seconds": {account.seconds}}}'.ljust(WIDTH - 1) + "\n"
+        try:
+            os.pwrite(self._file, line.encode(), 0)
+        except OSError as exc:
+            raise storage_error(exc, self._path) from exc

@@ -1,0 +1,312 @@
+"""The ledger of a harvest: answers as JSON Lines in segments, and an index of them on disk, so that memory stays flat."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Self
+
+from pydantic import ValidationError
+
+from shared.artifacts import fsync_dir, temporary_name
+from shared.contracts import CUT_OFF, Response
+from shared.errors import DataError, StorageError, storage_error
+
+SEGMENT_BYTES = 64 * 2**20
+INDEX_KIB = 32 * 1024
+"""Of the index in memory; the rest of it is in a file that has no name any more."""
+READ_AT_ONCE = 20_000
+OK = "ok"
+Entry = tuple[bytes, int, int, int, str, int]
+"""A row of the index: key, example, file, place, kind, text."""
+
+
+class Held(NamedTuple):
+    """Where the ledger has an answer, and what it is."""
+
+    file: int
+    at: int
+    kind: str
+    """ok, cut_off, or the class of a failure."""
+    text: int
+    """The hash of its text, as this process makes it."""
+
+
+def kind_of(row: Response) -> str:
+    """ok, cut_off for an answer that ended at the token limit, or the class of a failure."""
+    if row.status == "failed":
+        return (row.reason or "unanswered").partition(":")[0]
+    return CUT_OFF if row.finish_reason == "length" else OK
+
+
+class AnswerLedger:
+    """`STEM-000001.jsonl` and so on in a folder while a harvest is under way, `STEM.jsonl` once it is compacted; one writer at a time.
+
+    Of several lines for one key and example the last counts. Opening repairs torn tails: what a crash cut short is asked for again.
+    Lines outlive this process from `append` on and the machine from `sync` on.
+    """
+
+    def __init__(self, folder: Path, stem: str = "responses", *, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """Raises StorageError where another writer is at work or nothing can be written, DataError for a damaged line."""
+        self.folder, self._stem, self._segment_bytes = folder, stem, segment_bytes
+        self.base = folder / f"{stem}.jsonl"
+        self.repaired_bytes = self.superseded = 0
+        self.dirty = False
+        self._segment: BinaryIO | None = None
+        self._end = 0
+        self._readers: dict[int, BinaryIO] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / f".{stem}.lock").open("ab")
+        except OSError as exc:
+            raise storage_error(exc, folder) from exc
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._index = self._new_index()
+            self._files = answer_files(folder, stem)
+            for number, path in enumerate(self._files):
+                self._read_in(number, path)
+        except BlockingIOError as exc:
+            self._lock.close()
+            raise StorageError(f"{self.base}: another process is writing this ledger; wait for it or end it") from exc
+        except OSError as exc:
+            self._lock.close()
+            raise storage_error(exc, folder) from exc
+        except sqlite3.Error as exc:
+            self._lock.close()
+            raise self._no_index(exc) from exc
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def find(self, key: str, example_id: str) -> Held | None:
+        """What the ledger has of a key for an example."""
+        query = "SELECT file, at, kind, text FROM rows WHERE key = ? AND example = ?"
+        found = self._index.execute(query, (_short(key), hash(example_id))).fetchone()
+        return Held(*found) if found else None
+
+    def twin(self, key: str) -> Held | None:
+        """An answer that another example has had to the same request."""
+        found = self._index.execute("SELECT file, at, kind, text FROM rows WHERE key = ? AND kind = ?", (_short(key), OK)).fetchone()
+        return Held(*found) if found else None
+
+    def read(self, held: Held) -> Response:
+        """The row at a place. Raises StorageError."""
+        try:
+            reader = self._readers.get(held.file)
+            if reader is None:
+                reader = self._readers[held.file] = self._files[held.file].open("rb")
+            reader.seek(held.at)
+            return Response.model_validate_json(reader.readline())
+        except OSError as exc:
+            raise storage_error(exc, self._files[held.file]) from exc
+
+    def append(self, rows: Sequence[Response]) -> None:
+        """Add lines, all of them whole or none. Raises StorageError; the ledger stays usable."""
+        if not rows:
+            return
+        lines = [row.model_dump_json().encode() + b"\n" for row in rows]
+        data = b"".join(lines)
+        segment = self._room()
+        try:
+            left = data
+            while left:  # a disk that is nearly full takes a part
+                left = left[segment.write(left) :]
+        except OSError as exc:
+            with contextlib.suppress(OSError):  # else the next opening repairs it
+                segment.truncate(self._end)
+            raise storage_error(exc, self._files[-1]) from exc
+        self.dirty = True
+        places = []
+        for row, line in zip(rows, lines, strict=True):
+            places.append(self._entry(row, len(self._files) - 1, self._end))
+            self._end += len(line)
+        self._enter(places)
+
+    def sync(self) -> None:
+        """Make every appended line durable; may be called from another thread. Raises StorageError."""
+        if not self.dirty or self._segment is None:
+            return
+        self.dirty = False  # before: what is appended meanwhile is for the next time
+        try:
+            os.fsync(self._segment.fileno())
+        except OSError as exc:
+            self.dirty = True
+            raise storage_error(exc, self._files[-1]) from exc
+
+    def rows(self) -> Iterator[Response]:
+        """The rows that count, in the order in which they came. Raises DataError, StorageError."""
+        for line, row in self._lines():
+            del line
+            yield row
+
+    def compact(self) -> Path:
+        """Put the lines that count into one file, atomically, and remove the segments. Returns its path. Raises StorageError."""
+        self.sync()
+        self._close_files()
+        segments = [path for path in self._files if path != self.base]
+        try:
+            if segments or self.superseded or not self.base.exists():
+                if segments == self._files[:1] == self._files and not self.superseded:
+                    os.replace(segments[0], self.base)
+                else:
+                    self._write_base()
+                fsync_dir(self.folder)
+                for path in segments:
+                    path.unlink(missing_ok=True)
+        except OSError as exc:
+            raise storage_error(exc, self.base) from exc
+        self._files = [self.base]
+        return self.base
+
+    def close(self) -> None:
+        """Make every line durable and let the next writer in."""
+        try:
+            self.sync()
+        finally:
+            self._close_files()
+            self._index.close()
+            self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _new_index(self) -> sqlite3.Connection:
+        """A table of the rows by key. It is made anew from the lines at every opening: nothing to repair, nothing to keep in step."""
+        path = temporary_name(self.folder / f"{self._stem}.index")
+        path.unlink(missing_ok=True)
+        index = sqlite3.connect(path, isolation_level=None)
+        index.execute("PRAGMA journal_mode = OFF")
+        index.execute("PRAGMA synchronous = OFF")
+        index.execute("PRAGMA locking_mode = EXCLUSIVE")
+        index.execute(f"PRAGMA cache_size = -{INDEX_KIB}")
+        index.execute(
+            "CREATE TABLE rows (key BLOB, example INTEGER, file INTEGER, at INTEGER, kind TEXT, text INTEGER, PRIMARY KEY (key, example))"
+            " WITHOUT ROWID"
+        )
+        index.execute("BEGIN")  # for good: it is never committed, since it is never read again
+        path.unlink()  # it lives as long as this process has it open
+        return index
+
+    def _read_in(self, number: int, path: Path) -> None:
+        """Enter all lines of a file into the index; cut what follows the last line feed."""
+        self._end, entries = 0, []
+        with path.open("rb+") as file:
+            for count, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    self.repaired_bytes += len(line)
+                    file.truncate(self._end)
+                    break
+                entries.append(self._entry(_parsed(line, path, count), number, self._end))
+                self._end += len(line)
+                if len(entries) == READ_AT_ONCE:
+                    self._enter(sorted(entries))
+                    entries = []
+        self._enter(sorted(entries))  # neighbours in the index one after the other
+
+    def _entry(self, row: Response, number: int, at: int) -> Entry:
+        # Python's own hash: this index dies with this process
+        return _short(row.key), hash(row.example_id), number, at, kind_of(row), hash(row.text)
+
+    def _enter(self, entries: Sequence[Entry]) -> None:
+        try:
+            before = self._index.total_changes
+            self._index.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?, ?)", entries)
+            if self._index.total_changes - before < len(entries):  # some are there already: the last counts
+                self._index.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?)", entries)
+                self.superseded += 1
+        except sqlite3.Error as exc:
+            raise self._no_index(exc) from exc
+
+    def _no_index(self, exc: sqlite3.Error) -> StorageError:
+        return StorageError(f"{self.folder}: the index of the answers: {exc}; see to space and rights there and run the same command again")
+
+    def _room(self) -> BinaryIO:
+        """The segment to append to: the last one, unless it is full."""
+        if self._segment is not None and self._end < self._segment_bytes:
+            return self._segment
+        if self._segment is not None:
+            self.sync()
+            self._segment.close()
+            self._segment = None
+        try:
+            if not self._files or self._files[-1] == self.base or self._end >= self._segment_bytes:
+                last = 0 if not self._files or self._files[-1] == self.base else int(self._files[-1].stem.rpartition("-")[2])
+                self._files.append(self.folder / f"{self._stem}-{last + 1:06d}.jsonl")
+                self._end = 0
+            # unbuffered: what a full disk refused is known line by line, and a killed process holds nothing back
+            segment = self._files[-1].open("ab", buffering=0)
+            fsync_dir(self.folder)
+        except OSError as exc:
+            raise storage_error(exc, self.folder) from exc
+        self._segment = segment
+        return segment
+
+    def _lines(self) -> Iterator[tuple[bytes, Response]]:
+        for number, path in enumerate(self._files):
+            at = 0
+            try:
+                with path.open("rb") as file:
+                    for count, line in enumerate(file, 1):
+                        row = _parsed(line, path, count)
+                        if not self.superseded or self._counts(row, number, at):
+                            yield line, row
+                        at += len(line)
+            except OSError as exc:
+                raise storage_error(exc, path) from exc
+
+    def _counts(self, row: Response, number: int, at: int) -> bool:
+        place = self._index.execute("SELECT file, at FROM rows WHERE key = ? AND example = ?", (_short(row.key), hash(row.example_id)))
+        return bool(place.fetchone() == (number, at))
+
+    def _write_base(self) -> None:
+        temporary = temporary_name(self.base)
+        try:
+            with temporary.open("wb") as out:
+                if self.superseded:
+                    out.writelines(line for line, _ in self._lines())
+                else:
+                    for path in self._files:
+                        with path.open("rb") as file:
+                            shutil.copyfileobj(file, out, 2**20)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(temporary, self.base)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _close_files(self) -> None:
+        for file in [*self._readers.values(), *([self._segment] if self._segment else [])]:
+            file.close()
+        self._readers, self._segment = {}, None
+
+
+def answer_files(folder: Path, stem: str = "responses") -> list[Path]:
+    """The files of a ledger in the order in which they were written; none if it has not begun."""
+    base = folder / f"{stem}.jsonl"
+    return [*([base] if base.is_file() else []), *sorted(folder.glob(f"{stem}-[0-9]*.jsonl"))]
+
+
+def _short(key: str) -> bytes:
+    return bytes.fromhex(key[:32])
+
+
+def _parsed(line: bytes, path: Path, number: int) -> Response:
+    try:
+        row = Response.model_validate_json(line)
+        _short(row.key)
+    except ValidationError as exc:
+        error = exc.errors()[0]
+        raise DataError(f"{path}, line {number}: {'.'.join(map(str, error['loc']))}: {error['msg']}") from exc
+    except ValueError as exc:
+        raise DataError(f"{path}, line {number}: key: not a SHA-256 in hex") from exc
+    return row

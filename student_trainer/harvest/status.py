@@ -1,0 +1,113 @@
+"""How a harvest stands, read off its files alone: nothing is locked and nothing opened for writing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from shared.artifacts import read_json
+from shared.contracts import Response
+from shared.errors import DataError
+from shared.harvest.budget import Account
+from shared.harvest.ledger import OK, answer_files, kind_of
+from student_trainer.harvest.stage import ACCOUNT, STAGE
+from student_trainer.harvest.watch import PROGRESS
+
+FRESH_S = 10.0
+"""A harvest tells of itself once a second: one that has not for so long is no more, or stuck."""
+
+
+def report(run: Path) -> str:
+    """A few lines. Raises DataError for a folder that is no run."""
+    if not (run / "run.json").is_file():
+        raise DataError(f"{run} is no run directory (it has no run.json); give the directory that a stage wrote to")
+    recipe, stage = read_json(run / "run.json").get("recipe", {}), run / STAGE
+    kinds = _kinds(stage)
+    wanted = _lines(run / "dataset" / "train.jsonl") * recipe.get("harvest", {}).get("samples", 0)
+    answers, failed = kinds[OK] + kinds["cut_off"], {k: n for k, n in sorted(kinds.items()) if k not in (OK, "cut_off")}
+    lines = [
+        f"{run}: {_state(stage, (stage / 'manifest.json').is_file())}",
+        f"answers   {answers} of {wanted or '?'}, {kinds['cut_off']} of them cut off",
+        f"failed    {sum(failed.values())}{': ' if failed else ''}{', '.join(f'{n} {k}' for k, n in failed.items())}",
+    ]
+    account = _account(stage / ACCOUNT)
+    if account is not None:
+        cost = f", cost {account.cost:.4g}" if recipe.get("teacher", {}).get("price") else ""
+        lines.append(f"spent     {account.requests} requests in {account.seconds:.0f} s of harvesting{cost}")
+    return "\n".join(lines)
+
+
+def _state(stage: Path, complete: bool) -> str:
+    try:
+        told: dict[str, Any] = json.loads((stage / PROGRESS).read_bytes())
+        at = datetime.fromisoformat(told["at"])
+    except (OSError, ValueError, KeyError):
+        return "complete" if complete else "not begun"
+    if told.get("state") == "ended":
+        return "complete" if complete else f"ended before it was complete, {told['at']}; the same command goes on"
+    age = (datetime.now(UTC) - at).total_seconds()
+    if age > FRESH_S or not _lives(told):
+        return f"dead: last heard of {told['at']}; the same command goes on"
+    line = f"running (process {told['pid']} on {told['host']}), {told['rows_per_s']:.1f} answers/s, {told['in_flight']} in flight"
+    line += f" of {told['concurrency']}, {told['refused']} x 429"
+    return line + (f"; {told['waiting']}" if told.get("waiting") else "")
+
+
+def _lives(told: dict[str, Any]) -> bool:
+    if told.get("host") != platform.node():
+        return True  # another container's processes cannot be seen
+    try:
+        os.kill(int(told["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):
+        pass
+    return True
+
+
+def _kinds(stage: Path) -> Counter[str]:
+    """Answers by kind, of several lines for one the last; a line that is being written waits for its end."""
+    for _ in range(5):
+        with contextlib.suppress(FileNotFoundError):  # the segments were compacted in between
+            return _read_kinds(stage)
+        time.sleep(0.1)
+    return _read_kinds(stage)
+
+
+def _read_kinds(stage: Path) -> Counter[str]:
+    last: dict[tuple[str, str], str] = {}
+    for file in answer_files(stage):
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    row = Response.model_validate_json(line)
+                except ValidationError as exc:
+                    raise DataError(f"{file}, line {number}: not an answer: {exc.errors()[0]['msg']}") from exc
+                last[row.key, row.example_id] = kind_of(row)
+    return Counter(last.values())
+
+
+def _account(file: Path) -> Account | None:
+    try:
+        return Account(**json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _lines(file: Path) -> int:
+    try:
+        with file.open("rb") as lines:
+            return sum(1 for _ in lines)
+    except OSError:
+        return 0
