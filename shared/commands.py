@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -96,7 +97,7 @@ def interruptible() -> Iterator[Interruption]:
         if asked.signal is not None:
             os._exit(INTERRUPTED if signum == signal.SIGINT else TERMINATED)
         asked.signal = signum
-        print("\nending: waiting for what is in flight; once more to end at once", file=sys.stderr, flush=True)
+        os.write(2, b"\nending: waiting for what is in flight; once more to end at once\n")  # print may be what was interrupted
 
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread may have handlers
@@ -112,20 +113,29 @@ def interruptible() -> Iterator[Interruption]:
 class Progress:
     """How far a long stage is: rewritten in place on a terminal, a plain line at most every `every_s` seconds in a log."""
 
-    def __init__(self, what: str, total: int | None, *, unit: str = "rows", done: int = 0, every_s: float = 10.0) -> None:
-        """`total`: None where nobody knows; `done`: units of it that were done before."""
+    def __init__(
+        self,
+        what: str,
+        total: int | None,
+        *,
+        unit: str = "rows",
+        done: int = 0,
+        every_s: float = 10.0,
+        note: Callable[[], str] | None = None,
+    ) -> None:
+        """`total`: None where nobody knows; `done`: units of it that were done before; `note`: knows what else to say."""
         self._what, self._total, self._unit, self._done, self._every = what, total, unit, done, every_s
         self._first, self._started = done, time.monotonic()
-        self._note: str | Callable[[], str] = ""
+        self._said, self._note = "", note or (lambda: self._said)
         self._terminal = sys.stderr.isatty()
         self._told = -math.inf
         self._shown = 0
         if total is None or done < total:
             self._tell()
 
-    def step(self, count: int = 1, note: str | Callable[[], str] = "") -> None:
-        """Count `count` more units as done. `note`: what else to say, or who knows it when it is time to."""
-        self._done, self._note = self._done + count, note
+    def step(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more units as done. `note`: what else to say."""
+        self._done, self._said = self._done + count, note
         if self._done == self._total:
             self._tell()
         else:
@@ -150,13 +160,14 @@ class Progress:
     def _tell(self) -> None:
         self._told, self._shown = time.monotonic(), self._done
         rate = (self._done - self._first) / max(self._told - self._started, 1e-9)
-        note = self._note if isinstance(self._note, str) else self._note()
+        note = self._note()
         of, left = "", ""
         if self._total is not None:
             of = f"/{self._total}"
             left = f", {(self._total - self._done) / rate:.0f} s left" if rate > 0 else ", time left not known yet"
         line = f"{self._what}: {self._done}{of} {self._unit}, {rate:.1f}/s{left}{', ' + note if note else ''}"
         if self._terminal:
+            line = line[: shutil.get_terminal_size().columns - 1]  # one that is wrapped cannot be written over
             print(f"\r\x1b[K{line}", end="\n" if self._done == self._total else "", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.contracts import Completion, GenerationRequest
 from shared.errors import DataError, storage_error
@@ -35,13 +36,14 @@ class Reserved:
     cost: float
 
 
-@dataclass
-class Account:
+class Account(BaseModel):
     """What a harvest has used so far, all commands together; of requests whose fate nobody knows the most they can have cost."""
 
-    requests: int = 0
-    cost: float = 0.0
-    seconds: float = 0.0
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    requests: int = Field(ge=0)
+    cost: float = Field(ge=0)
+    seconds: float = Field(ge=0)
 
 
 def estimated_tokens(request: GenerationRequest) -> int:
@@ -80,10 +82,13 @@ class Budget:
         except OSError as exc:
             raise storage_error(exc, file) from exc
         try:
-            self.account = Account(**json.loads(found)) if found.strip() else Account()
-        except (ValueError, TypeError) as exc:
+            self.account = Account.model_validate_json(found) if found.strip() else Account(requests=0, cost=0.0, seconds=0.0)
+        except ValidationError as exc:
             os.close(self._file)
-            raise DataError(f"{file}: not a readable account of what the harvest has cost; write there what you know it has") from exc
+            raise DataError(
+                f"{file}: not a readable account of what the harvest has cost; write there what you know it has, like "
+                '{"requests": 120, "cost": 0.5, "seconds": 60.0}'
+            ) from exc
         self._before_s, self._started = self.account.seconds, clock()
 
     def reserve(self, request: GenerationRequest) -> Reserved | None:
@@ -112,7 +117,7 @@ class Budget:
         if answer is not None:
             counted = answer.input_tokens if answer.input_tokens is not None else estimated_tokens(reserved.request)
             cost = self._in * counted + self._out * self._answered_tokens(reserved.request, answer)
-        self.account.cost += cost - reserved.cost
+        self.account.cost = max(0.0, self.account.cost + cost - reserved.cost)
         self._write()
 
     @property

@@ -42,21 +42,22 @@ class Circuit:
         """It has answered, if only to refuse."""
         self._lived, self._failures, self._pause, self._probe_at = True, 0, FIRST_PROBE_S, -math.inf
 
-    def failed(self, error: str) -> None:
-        """It was not reached, broke off, was too late or answered that it failed."""
+    def failed(self, error: str, *, probe: bool = False) -> None:
+        """It was not reached, broke off, was too late or answered that it failed. `probe`: what `sent` has said of this request."""
         now, was_open = self._clock(), self.open
         if not self._failures:
             self._since = now
         self._failures += 1
         self.error = error
-        if self.open and (not was_open or self._probe_at == math.inf):
+        if self.open and (probe or not was_open):
             self._probe_at = now + self._jitter(0.5, 1.0) * self._pause
             self._pause = min(LONGEST_PROBE_S, 2 * self._pause)
 
-    def sent(self) -> None:
-        """A request is on its way: while the circuit is open, the only one."""
+    def sent(self) -> bool:
+        """A request is on its way. Returns whether it is the only one that is sent while the circuit is open."""
         if self.open:
             self._probe_at = math.inf
+        return self.open
 
     def delay(self) -> float:
         """Seconds until something may be sent; infinity while the one request is on its way."""

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +60,7 @@ class AnswerLedger:
         self.repaired_bytes = self.superseded = 0
         self.dirty = False
         self._segment: BinaryIO | None = None
+        self._syncing = threading.Lock()
         self._end = 0
         self._readers: dict[int, BinaryIO] = {}
         try:
@@ -68,6 +70,8 @@ class AnswerLedger:
             raise storage_error(exc, folder) from exc
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in folder.glob(f".{stem}.*.tmp"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
             self._index = self._new_index()
             self._files = answer_files(folder, stem)
             for number, path in enumerate(self._files):
@@ -91,9 +95,10 @@ class AnswerLedger:
         found = self._index.execute(query, (_short(key), hash(example_id))).fetchone()
         return Held(*found) if found else None
 
-    def twin(self, key: str) -> Held | None:
-        """An answer that another example has had to the same request."""
-        found = self._index.execute("SELECT file, at, kind, text FROM rows WHERE key = ? AND kind = ?", (_short(key), OK)).fetchone()
+    def twin(self, key: str, cut_off: bool = True) -> Held | None:
+        """An answer that another example has had to the same request; `cut_off`: such a one will do as well."""
+        query = "SELECT file, at, kind, text FROM rows WHERE key = ? AND kind IN (?, ?)"
+        found = self._index.execute(query, (_short(key), OK, CUT_OFF if cut_off else OK)).fetchone()
         return Held(*found) if found else None
 
     def read(self, held: Held) -> Response:
@@ -131,14 +136,15 @@ class AnswerLedger:
 
     def sync(self) -> None:
         """Make every appended line durable; may be called from another thread. Raises StorageError."""
-        if not self.dirty or self._segment is None:
-            return
-        self.dirty = False  # before: what is appended meanwhile is for the next time
-        try:
-            os.fsync(self._segment.fileno())
-        except OSError as exc:
-            self.dirty = True
-            raise storage_error(exc, self._files[-1]) from exc
+        with self._syncing:  # else the segment might be closed meanwhile
+            if not self.dirty or self._segment is None:
+                return
+            self.dirty = False  # before: what is appended meanwhile is for the next time
+            try:
+                os.fsync(self._segment.fileno())
+            except OSError as exc:
+                self.dirty = True
+                raise storage_error(exc, self._files[-1]) from exc
 
     def rows(self) -> Iterator[Response]:
         """The rows that count, in the order in which they came. Raises DataError, StorageError."""
@@ -147,7 +153,10 @@ class AnswerLedger:
             yield row
 
     def compact(self) -> Path:
-        """Put the lines that count into one file, atomically, and remove the segments. Returns its path. Raises StorageError."""
+        """Put the lines that count into one file, atomically, remove the segments and close the ledger. Returns the file's path.
+
+        Raises StorageError.
+        """
         self.sync()
         self._close_files()
         segments = [path for path in self._files if path != self.base]
@@ -162,7 +171,7 @@ class AnswerLedger:
                     path.unlink(missing_ok=True)
         except OSError as exc:
             raise storage_error(exc, self.base) from exc
-        self._files = [self.base]
+        self.close()
         return self.base
 
     def close(self) -> None:
@@ -236,8 +245,9 @@ class AnswerLedger:
             return self._segment
         if self._segment is not None:
             self.sync()
-            self._segment.close()
-            self._segment = None
+            with self._syncing:
+                self._segment.close()
+                self._segment = None
         try:
             if not self._files or self._files[-1] == self.base or self._end >= self._segment_bytes:
                 last = 0 if not self._files or self._files[-1] == self.base else int(self._files[-1].stem.rpartition("-")[2])
@@ -293,7 +303,7 @@ class AnswerLedger:
 def answer_files(folder: Path, stem: str = "responses") -> list[Path]:
     """The files of a ledger in the order in which they were written; none if it has not begun."""
     base = folder / f"{stem}.jsonl"
-    return [*([base] if base.is_file() else []), *sorted(folder.glob(f"{stem}-[0-9]*.jsonl"))]
+    return [*([base] if base.is_file() else []), *sorted(folder.glob(f"{stem}-{'[0-9]' * 6}.jsonl"))]
 
 
 def _short(key: str) -> bytes:
@@ -306,7 +316,8 @@ def _parsed(line: bytes, path: Path, number: int) -> Response:
         _short(row.key)
     except ValidationError as exc:
         error = exc.errors()[0]
-        raise DataError(f"{path}, line {number}: {'.'.join(map(str, error['loc']))}: {error['msg']}") from exc
+        field = ".".join(map(str, error["loc"]))
+        raise DataError(f"{path}, line {number}: {field + ': ' if field else ''}{error['msg']}") from exc
     except ValueError as exc:
         raise DataError(f"{path}, line {number}: key: not a SHA-256 in hex") from exc
     return row

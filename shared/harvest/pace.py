@@ -24,6 +24,8 @@ SEARCH = 2.0
 """Growth a second of a rate that was never seen to be too much, after the first 429."""
 RETURN, CREEP = 1.05, 1.002
 """Growth a second of a rate after it was too much: back to a little less than it was then, and beyond."""
+LONGEST_GAP_S = 60.0
+"""For which a rate grows at once, or by which it is told."""
 FEW = 4
 """Accepted requests between two refusals from which nothing is learned: it is still the first refusal that lasts."""
 
@@ -122,7 +124,7 @@ class Pace:
             self._cut(0.7, now)
             self._learn(now, retry_after_s)
         if retry_after_s is None:
-            retry_after_s = self._jitter(0.5, 1.0) * min(60.0, FIRST_GATE_S * 2 ** (self._gates - 1))
+            retry_after_s = self._jitter(0.5, 1.0) * min(60.0, FIRST_GATE_S * 2 ** min(self._gates - 1, 6))
         self.wait(retry_after_s)
 
     def late(self, sent_at: float) -> None:
@@ -148,11 +150,15 @@ class Pace:
 
     def _grow(self, now: float) -> None:
         """A learned rate creeps up: the bound may have been a passing one."""
-        if self._allowed is None and self._rate is not None:
-            gap = max(0.0, now - max(self._rate_at, self.gate_until))
+        if self._rate is None:
+            return
+        gap = min(max(0.0, now - max(self._rate_at, self.gate_until)), LONGEST_GAP_S)
+        if self._allowed is not None:
+            self._rate = min(self._allowed, self._rate * RETURN**gap)
+        else:
             growth = SEARCH if self._ceiling == math.inf else RETURN if self._rate < USED * self._ceiling else CREEP
             self._rate *= growth**gap
-            self._rate_at = now
+        self._rate_at = now
 
     def _learn(self, now: float, retry_after_s: float | None) -> None:
         if self._since is None:
@@ -162,7 +168,7 @@ class Pace:
         elapsed = max(now - self._since, 1e-3)
         if self._rate is None:
             # as many as it took, in the time it wants to be left alone
-            self._rate = max(1.0, self._accepted) / max(elapsed, retry_after_s or FIRST_GATE_S)
+            self._rate = max(1.0, self._accepted) / max(elapsed, min(retry_after_s or FIRST_GATE_S, LONGEST_GAP_S))
         elif self._allowed is None:
             asking = max(now - max(self._since, self.gate_until), 1e-3)
             with_pauses, without = self._accepted / elapsed, self._accepted / asking

@@ -11,13 +11,12 @@ import heapq
 import math
 import random
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
-from shared.artifacts import now
 from shared.collect import Collected
 from shared.commands import Progress
 from shared.contracts import CUT_OFF, Completion, GenerationRequest, Response
@@ -36,8 +35,9 @@ from shared.errors import (
 )
 from shared.harvest.ask import Ask
 from shared.harvest.budget import Budget, Reserved, estimated_tokens
+from shared.harvest.census import Census, Prompt, row_of
 from shared.harvest.circuit import Circuit
-from shared.harvest.ledger import OK, AnswerLedger, kind_of
+from shared.harvest.ledger import AnswerLedger
 from shared.harvest.pace import Pace
 from shared.harvest.teacher import Answer, Refusal, Teacher
 from shared.settings import Recipe
@@ -51,8 +51,8 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
 """Bounds of the pause before another attempt at one request; it is drawn from all below a bound that doubles (full jitter)."""
 SMOKE = 16
 """Prompts that are asked before all others: if half of them fail, nothing more is sent."""
-FEW_TEXTS = 8
-"""Fewer answers may well be one and the same text."""
+MOST_WAITING = 4096
+"""Rows that wait for another example's answer to the same request; then no more prompts are drawn until it comes."""
 AT_ONCE = 256
 """Held prompts passed over before others of this process have their turn."""
 
@@ -134,26 +134,17 @@ async def harvest(
 
 
 @dataclass(slots=True)
-class _Prompt:
-    """A prompt of which something is missing."""
-
-    ask: Ask
-    keys: list[str]
-    open: int = 0
-    answers: int = 0
-    texts: set[int] = field(default_factory=set)
-
-
-@dataclass(slots=True)
 class _Job:
     """Consecutive samples of a prompt, asked for in one request."""
 
-    prompt: _Prompt
+    prompt: Prompt
     samples: range
     attempts: int = 0
     failures: int = 0
     """Attempts that count against the row."""
     error: str = ""
+    split: bool = False
+    """Whether it is one sample of several that the teacher would not give in one answer."""
 
 
 class _Smoke:
@@ -168,9 +159,9 @@ class _Smoke:
         """Whether to wait for what has been asked."""
         return not self.passed and self._left == 0
 
-    def drew(self, *, missing: int, held: bool) -> None:
-        if held or not missing:  # a teacher that has answered before has passed
-            self.passed = self.passed or held
+    def drew(self, *, missing: int, answered_before: bool) -> None:
+        self.passed = self.passed or answered_before
+        if not missing:
             return
         self._left -= 1
         self._rows += missing
@@ -219,29 +210,31 @@ class _Harvest:
         self._suspects: list[_Job] = []
         self._order = count()
         self._exhausted = False
-        self._asking: dict[str, list[tuple[_Prompt, int]]] = {}
+        self._asking: dict[str, list[tuple[Prompt, int]]] = {}
         """Keys that are being asked for, each with the other examples that wait for the same answer."""
+        self._waiting = 0
+        """How many wait so."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._error: BaseException | None = None
         self._ending = False
         self._smoke = _Smoke()
         self._answered = 0
-        """Rows answered in this call."""
-        self._many_work = False
-        # the census
-        self._prompts = self._answers = self._cut_off = self._wanted = 0
-        self._failed: Counter[str] = Counter()
-        self._of_several = self._distinct = self._several = self._varied = 0
-        self._said: dict[str, str] = {}
-        self._texts: set[int] = set()
-        self._requests = self._collected = self._shared = 0
+        """Rows, by requests of this call and not by another example's answer."""
+        self._several = self._singles = False
+        """Whether one request was answered several times, or only once split."""
+        self._doubt: NotTheApi | None = None
+        """Something has answered that is not the API, and nothing else so far."""
+        self._hopeless = False
+        """Patience has ended, and all that is left has failed by itself before."""
+        self._requests = 0
+        self._census = Census()
 
     async def run(self) -> Collected:
         started = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[None] = self._loop.create_future()
-        self._progress = Progress(self._what, self._total, unit="answers")
+        self._progress = Progress(self._what, self._total, unit="answers", note=self._note)
         self._rate = _Rate()
         beat = self._loop.create_task(self._beat())
         try:
@@ -260,7 +253,9 @@ class _Harvest:
             self._watch(self._standing("ended"))
         if self._error is not None:
             raise self._error
-        return self._census(time.monotonic() - started)
+        return self._census.collected_of(
+            total=self._total, requests=self._requests, refused=self._pace.refused, seconds=time.monotonic() - started
+        )
 
     # starting what may be started
 
@@ -285,7 +280,14 @@ class _Harvest:
     def _start(self) -> float | None:
         """Seconds until more can be started; infinity: once a request in flight has ended; None: there is nothing more to start."""
         while True:
-            if self._budget is not None and self._budget.late and (self._ready or self._later or not self._exhausted):
+            if self._ending:
+                return None
+            if self._doubt is not None and not self._answered:
+                if self._tasks:
+                    return math.inf  # they will tell
+                self._end(self._doubt)
+                return None
+            if self._budget is not None and self._budget.late and (self._ready or self._later):
                 self._spent(self._budget)
                 return None
             pause = self._pace.delay()
@@ -296,13 +298,15 @@ class _Harvest:
                 return pause
             job = self._next()
             if job is None:
-                if not self._exhausted and not self._smoke.full:
+                if not self._exhausted and not self._smoke.full and self._waiting < MOST_WAITING:
                     return 0.0  # many were held: let others have their turn
                 if self._later:
                     return max(self._later[0][0] - time.monotonic(), 0.001)
                 if self._tasks:
                     return math.inf
-                self._judge_suspects()
+                if self._suspects:
+                    self._judge_suspects()
+                    continue
                 return None
             reserved = None
             if self._budget is not None:
@@ -319,7 +323,7 @@ class _Harvest:
         """What to ask for next: what has waited long enough, else what is new."""
         if self._later and self._later[0][0] <= time.monotonic():
             return heapq.heappop(self._later)[2]
-        if not self._ready and not self._exhausted and not self._smoke.full:
+        if not self._ready and not self._exhausted and not self._smoke.full and self._waiting < MOST_WAITING:
             for _ in range(AT_ONCE):
                 ask = next(self._source, None)
                 if ask is None:
@@ -332,51 +336,50 @@ class _Harvest:
 
     def _draw(self, ask: Ask) -> None:
         """Count what the ledger has of a prompt, and make jobs of what it does not."""
-        keys = ask.keys()
-        prompt = _Prompt(ask, keys)
-        self._prompts += 1
-        self._wanted += len(keys)
+        prompt = self._census.prompt(ask)
         missing: list[int] = []
         had = 0
-        for sample, key in enumerate(keys):
+        for sample, key in enumerate(prompt.keys):
             mine = self._ledger.find(key, ask.example_id)
             if mine is not None and mine.kind not in self._retry:
                 had += 1
-                self._count(prompt, mine.kind, mine.text)
-                if mine.kind in self._failed and mine.kind not in self._said:
-                    self._said[mine.kind] = self._ledger.read(mine).reason or mine.kind
+                self._census.held(prompt, mine, self._ledger.read)
                 continue
             prompt.open += 1
-            twin = self._ledger.twin(key)
-            if twin is not None:
-                self._share(prompt, sample, self._ledger.read(twin))
+            if mine is not None and mine.kind == CUT_OFF:
+                prompt.before = {**(prompt.before or {}), sample: mine}
+            if twin := self._ledger.twin(key, CUT_OFF not in self._retry):
+                row = self._ledger.read(twin).model_copy(update={"example_id": ask.example_id, "sample": sample})
+                self._census.shared += 1
+                self._write([(prompt, row)])
             elif key in self._asking:
                 self._asking[key].append((prompt, sample))
+                self._waiting += 1
             else:
                 self._asking[key] = []
                 missing.append(sample)
         self._progress.had(had)
-        self._smoke.drew(missing=len(missing), held=had > 0 and prompt.answers > 0)
-        if not prompt.open:
-            self._close(prompt)
+        self._smoke.drew(missing=len(missing), answered_before=had > 0 and prompt.answers > 0)
+        if had == len(prompt.keys):
+            self._census.close(prompt)
         if missing:
-            for samples in _runs(missing, self._teacher.most_choices):
-                self._ready.append(_Job(prompt, samples))
+            most = 1 if self._singles else self._teacher.most_choices
+            self._ready.extend(_Job(prompt, samples) for samples in _runs(missing, most))
 
     def _send(self, job: _Job, reserved: Reserved | None) -> None:
         request = job.prompt.ask.part(job.samples)
         sent_at = self._pace.sent(
             estimated_tokens(request) + request.n * request.sampling.max_tokens if self._limits.tokens_per_minute else 0
         )
-        self._circuit.sent()
+        probe = self._circuit.sent()
         self._requests += 1
         job.attempts += 1
-        task = self._loop.create_task(self._attempt(job, request, reserved, sent_at))
+        task = self._loop.create_task(self._attempt(job, request, reserved, sent_at, probe))
         self._tasks.add(task)
 
     # one request
 
-    async def _attempt(self, job: _Job, request: GenerationRequest, reserved: Reserved | None, sent_at: float) -> None:
+    async def _attempt(self, job: _Job, request: GenerationRequest, reserved: Reserved | None, sent_at: float, probe: bool) -> None:
         answer, billed = None, False
         try:
             try:
@@ -410,9 +413,8 @@ class _Harvest:
             else:
                 self._pace.failed()
             if isinstance(exc, NotTheApi) and not self._answered:
-                self._end(exc)
-            else:
-                self._again(job, exc)
+                self._doubt = exc
+            self._again(job, exc, probe)
         except asyncio.CancelledError:
             self._pace.failed()
             raise
@@ -432,46 +434,46 @@ class _Harvest:
         if not found:
             self._give_up(job, "unanswered", f"none of {len(job.samples)} choices came", latency_s)
             return
-        rows = []
-        for sample, choice in zip(job.samples, found, strict=False):
-            rows += self._rows(job, sample, choice, latency_s)
-        self._write(rows)
-        if len(found) > 1:
-            self._many_work = True
+        answered = self._rows(job, zip(job.samples, found, strict=False), latency_s)
+        if answered and (len(found) > 1 or job.split):
+            self._several, self._singles = self._several or len(found) > 1, self._singles or job.split
         if len(found) < len(job.samples):
-            self._ready.appendleft(_Job(job.prompt, job.samples[len(found) :], job.attempts))
-        if self._suspects and any(row.status == "ok" for row in rows):
+            self._ready.appendleft(_Job(job.prompt, job.samples[len(found) :], job.attempts, split=job.split))
+        if self._suspects and answered:
             suspects, self._suspects = self._suspects, []
             for suspect in suspects:
                 self._unanswered(suspect)
 
     def _refused(self, job: _Job, exc: RequestRefused, latency_s: float) -> None:
         self._circuit.lives()
-        if len(job.samples) > 1 and exc.kind == "refused" and not self._many_work:
+        if len(job.samples) > 1 and exc.kind == "refused" and not self._several:
             # some servers refuse to give several answers to one request
-            self._ready.extendleft(_Job(job.prompt, range(s, s + 1), job.attempts) for s in reversed(job.samples))
+            self._ready.extendleft(_Job(job.prompt, range(s, s + 1), job.attempts, split=True) for s in reversed(job.samples))
             return
         self._give_up(job, exc.kind, str(exc), latency_s)
 
-    def _again(self, job: _Job, exc: TeacherUnavailable | NotTheApi) -> None:
+    def _again(self, job: _Job, exc: TeacherUnavailable | NotTheApi, probe: bool) -> None:
         """Another attempt, later; a row whose attempts are used up fails once the teacher is known to answer others."""
         wait_s = exc.retry_after_s if isinstance(exc, TeacherUnavailable) else None
-        self._circuit.failed(str(exc))
+        self._circuit.failed(str(exc), probe=probe)
         if wait_s:
             self._pace.wait(wait_s)
         job.error = str(exc)
         if isinstance(exc, (TeacherLate, TeacherFailed, NotTheApi)):  # else it was not even reached
             job.failures += 1
-        if job.failures >= self._limits.max_attempts:
+        if job.failures >= self._limits.max_attempts or (self._hopeless and job.failures):
             self._suspects.append(job)
             return
-        pause = random.uniform(0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** max(job.failures - 1, 0)))
+        if self._hopeless:
+            self._end(self._dead())
+            return
+        pause = random.uniform(0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(max(job.failures - 1, 0), 16)))
         heapq.heappush(self._later, (time.monotonic() + pause, next(self._order), job))
 
     def _judge_suspects(self) -> None:
         """Everything else is done. If nothing was ever answered, it is the teacher that failed and not the rows."""
         suspects, self._suspects = self._suspects, []
-        if suspects and not self._answered:
+        if suspects and not self._census.answers:
             self._end(TeacherUnavailable(f"{suspects[0].error}; no request of {self._requests} was answered"))
             return
         for job in suspects:
@@ -481,28 +483,46 @@ class _Harvest:
         self._give_up(job, "unanswered", f"{job.error} (attempt {job.failures} of {self._limits.max_attempts})", 0.0)
 
     def _give_up(self, job: _Job, kind: FailureClass, message: str, latency_s: float) -> None:
-        rows: list[Response] = []
-        for sample in job.samples:
-            rows += self._rows(job, sample, Refusal(kind, message), latency_s)
+        self._rows(job, [(sample, Refusal(kind, message)) for sample in job.samples], latency_s)
+
+    # rows
+
+    def _rows(self, job: _Job, made: Iterable[tuple[int, Completion | Refusal]], latency_s: float) -> int:
+        """Write and count the rows of some samples, and those of other examples that ask the same. Returns how many were answered."""
+        rows, answered, came = [], 0, 0
+        for sample, choice in made:
+            came += 1
+            row = row_of(job.prompt, sample, self._judged(choice), latency_s=latency_s, attempts=job.attempts)
+            answered += row.status == "ok"
+            waiting = self._asking.pop(row.key, ())
+            self._waiting -= len(waiting)
+            before = job.prompt.before.get(sample) if job.prompt.before else None
+            if before is not None and row.status == "failed":
+                self._census.held(job.prompt, before, self._ledger.read)
+                self._left(job.prompt)
+            else:
+                rows.append((job.prompt, row))
+            for prompt, other in waiting:
+                rows.append((prompt, row.model_copy(update={"example_id": prompt.ask.example_id, "sample": other})))
+            self._census.shared += len(waiting)
         self._write(rows)
+        self._answered += answered
+        self._smoke.came(answered, came - answered)
+        if self._smoke.failed:
+            self._end(self._too_thin())
+        return answered
 
-    # rows and their census
+    def _write(self, rows: list[tuple[Prompt, Response]]) -> None:
+        self._ledger.append([row for _, row in rows])
+        for prompt, row in rows:
+            self._census.made(prompt, row)
+            self._left(prompt)
+        self._progress.step(len(rows))
 
-    def _rows(self, job: _Job, sample: int, choice: Completion | Refusal, latency_s: float) -> list[Response]:
-        """The row of a sample, and those of the other examples that ask the same."""
-        ask = job.prompt.ask
-        row = _row(ask, job.prompt.keys[sample], sample, self._judged(choice), latency_s, job.attempts)
-        rows, prompts = [row], [job.prompt]
-        for prompt, other in self._asking.pop(row.key, ()):
-            rows.append(row.model_copy(update={"example_id": prompt.ask.example_id, "sample": other}))
-            prompts.append(prompt)
-            self._shared += 1
-        for prompt, made in zip(prompts, rows, strict=True):
-            prompt.open -= 1
-            self._count(prompt, kind_of(made), hash(made.text))
-            if not prompt.open:
-                self._close(prompt)
-        return rows
+    def _left(self, prompt: Prompt) -> None:
+        prompt.open -= 1
+        if not prompt.open:
+            self._census.close(prompt)
 
     def _judged(self, choice: Completion | Refusal) -> Completion | Refusal:
         if isinstance(choice, Completion):
@@ -512,75 +532,13 @@ class _Harvest:
                 return Refusal("over_long", f"{len(choice.text)} characters, harvest.max_answer_chars is {self._limits.max_answer_chars}")
         return choice
 
-    def _share(self, prompt: _Prompt, sample: int, row: Response) -> None:
-        """Give a prompt the answer that another example has had for the same request."""
-        made = row.model_copy(update={"example_id": prompt.ask.example_id, "sample": sample})
-        prompt.open -= 1
-        self._count(prompt, kind_of(made), hash(made.text))
-        self._shared += 1
-        self._write([made])
-
-    def _write(self, rows: list[Response]) -> None:
-        self._ledger.append(rows)
-        self._collected += len(rows)
-        answered = 0
-        for row in rows:
-            if row.status == "ok":
-                answered += 1
-            else:
-                self._said[kind_of(row)] = row.reason or ""
-        self._answered += answered
-        self._progress.step(len(rows), note=self._note)
-        if not self._smoke.passed:
-            self._smoke.came(answered, len(rows) - answered)
-            if self._smoke.failed:
-                self._end(self._too_thin(rows))
-
-    def _count(self, prompt: _Prompt, kind: str, text: int) -> None:
-        if kind in (OK, CUT_OFF):
-            self._answers += 1
-            self._cut_off += kind == CUT_OFF
-            prompt.answers += 1
-            prompt.texts.add(text)
-            if len(self._texts) < 2:
-                self._texts.add(text)
-        else:
-            self._failed[kind] += 1
-
-    def _close(self, prompt: _Prompt) -> None:
-        """Nothing of a prompt is missing any more."""
-        if prompt.answers > 1:
-            self._of_several += prompt.answers
-            self._distinct += len(prompt.texts)
-            self._several += 1
-            self._varied += len(prompt.texts) > 1
-
-    def _too_thin(self, rows: list[Response]) -> HarvestTooThin:
-        reasons = ", ".join(f"{number} {kind}" for kind, number in self._failed.most_common())
-        last = next((row.reason for row in reversed(rows) if row.status == "failed"), "")
+    def _too_thin(self) -> HarvestTooThin:
+        failed = self._census.failed
+        reasons = ", ".join(f"{number} {kind}" for kind, number in failed.most_common())
         return HarvestTooThin(
-            f"{self._what}: of the answers to the first {SMOKE} prompts half or more failed ({reasons}), the last with: {last}. Nothing "
-            "more was sent; mend the cause, then ask again for what failed (`distill harvest --retry-failed`)"
-        )
-
-    def _census(self, seconds: float) -> Collected:
-        failed = self._failed.total()
-        return Collected(
-            prompts=self._prompts,
-            answers=self._answers,
-            failed=dict(self._failed),
-            missing=self._wanted - self._answers - failed,
-            cut_off=self._cut_off,
-            distinct_fraction=self._distinct / self._of_several if self._of_several else 1.0,
-            requests=self._requests,
-            refused=self._pace.refused,
-            shared=self._shared,
-            several=self._several,
-            varied=self._varied,
-            one_text=len(self._texts) == 1 and self._answers >= FEW_TEXTS and self._prompts > 1,
-            said=self._said,
-            seconds=seconds,
-            collected=self._collected,
+            f"{self._what}: half of the first {SMOKE} prompts or more failed ({reasons}), most with: "
+            f"{self._census.said.get(failed.most_common(1)[0][0], '')}. Nothing more was sent; mend the cause, then ask again for what "
+            "failed (`distill harvest --retry-failed`)"
         )
 
     # time
@@ -592,16 +550,13 @@ class _Harvest:
             while True:
                 await asyncio.sleep(SYNC_EVERY_S)
                 await self._sync()
-                self._rate.tick(self._collected)
+                self._rate.tick(self._census.collected)
                 self._progress.tick()
                 if time.monotonic() - watched >= WATCH_EVERY_S:
                     watched = time.monotonic()
                     await asyncio.to_thread(self._watch, self._standing("ending" if self._ending else "running"))
-                if self._circuit.left_s <= 0:
-                    silent_s = self._circuit.silent_s
-                    self._end(
-                        TeacherUnavailable(f"the teacher has not answered for {silent_s:.0f} s, the last time: {self._circuit.error}")
-                    )
+                if self._circuit.left_s <= 0 and not self._hopeless:
+                    self._lose_patience()
                 elif self._stopping():
                     self._end(None)
                 elif self._budget is not None and self._budget.late:
@@ -617,6 +572,21 @@ class _Harvest:
             await asyncio.to_thread(self._ledger.sync)
             if self._budget is not None:
                 await asyncio.to_thread(self._budget.sync)
+
+    def _lose_patience(self) -> None:
+        """The teacher is dead; unless all that is left are rows that it was reached for and failed at, each by itself."""
+        left = [*self._ready, *(job for _, _, job in self._later)]
+        if self._exhausted and self._census.answers and all(job.failures for job in left):
+            self._hopeless = True
+            self._suspects += left
+            self._ready.clear()
+            self._later.clear()
+            self._advance()
+            return
+        self._end(self._dead())
+
+    def _dead(self) -> TeacherUnavailable:
+        return TeacherUnavailable(f"the teacher has not answered for {self._circuit.silent_s:.0f} s, the last time: {self._circuit.error}")
 
     def _end(self, error: BaseException | None) -> None:
         """Send nothing more. The first error counts: what follows it is mostly the same of other requests."""
@@ -634,7 +604,9 @@ class _Harvest:
     async def _drain(self) -> None:
         """Wait for what is in flight: it is paid for."""
         if self._tasks and not isinstance(self._error, StorageError):
-            await asyncio.wait(self._tasks, timeout=DRAIN_S)
+            # whoever stops it wants a quick end; a budget has time
+            patience_s = self._limits.timeout_s if isinstance(self._error, BudgetSpent) else DRAIN_S
+            await asyncio.wait(self._tasks, timeout=patience_s)
 
     def _waits_for(self) -> str:
         """Why nothing is being sent, if that is so."""
@@ -647,7 +619,7 @@ class _Harvest:
         notes = [f"{len(self._tasks)} in flight"]
         if self._pace.refused:
             notes.append(f"{self._pace.refused} x 429")
-        if failed := self._failed.total():
+        if failed := self._census.failed.total():
             notes.append(f"{failed} failed")
         if self._budget is not None and self._budget.priced:
             notes.append(f"cost {self._budget.account.cost:.4g}")
@@ -659,8 +631,8 @@ class _Harvest:
         return Standing(
             state=state,
             wanted=self._total,
-            answers=self._answers,
-            failed=dict(self._failed),
+            answers=self._census.answers,
+            failed=dict(self._census.failed),
             in_flight=len(self._tasks),
             concurrency=self._pace.limit,
             rows_per_s=self._rate.per_s,
@@ -693,26 +665,3 @@ def _runs(missing: list[int], most: int | None) -> Iterator[range]:
         if i == len(missing) or missing[i] != missing[i - 1] + 1 or i - first == most:
             yield range(missing[first], missing[i - 1] + 1)
             first = i
-
-
-def _row(ask: Ask, key: str, sample: int, choice: Completion | Refusal, latency_s: float, attempts: int) -> Response:
-    refused = choice if isinstance(choice, Refusal) else None
-    completion = choice if isinstance(choice, Completion) else None
-    return Response(
-        key=key,
-        example_id=ask.example_id,
-        sample=sample,
-        status="failed" if refused else "ok",
-        text=_whole(completion.text) if completion else "",
-        finish_reason=completion.finish_reason if completion else None,
-        reason=_whole(refused.reason) if refused else None,
-        model=ask.model,
-        latency_s=round(latency_s, 4),
-        attempts=max(attempts, 1),
-        received_at=now(),
-    )
-
-
-def _whole(text: str) -> str:
-    """JSON can name half a character, a file cannot hold it."""
-    return text.encode(errors="replace").decode()

@@ -100,8 +100,8 @@ def _read_kinds(stage: Path) -> Counter[str]:
 
 def _account(file: Path) -> Account | None:
     try:
-        return Account(**json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return Account.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
         return None
 
 

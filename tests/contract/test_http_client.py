@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from teachers import self_signed
 
 from shared.contracts import Completion, GenerationRequest, Message, Sampling
 from shared.errors import (
@@ -592,15 +591,7 @@ def test_a_proxy_of_the_environment_is_not_asked_for_loopback_urls(monkeypatch: 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed one for `localhost`, key and all."""
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl command to make a certificate")
-    pem = tmp_path_factory.mktemp("tls") / "self-signed.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(pem), "-out", str(pem.with_suffix(".crt"))]
-    subprocess.run([*command, *names], check=True, capture_output=True)
-    pem.write_text(pem.read_text() + pem.with_suffix(".crt").read_text())
-    return pem
+    return self_signed(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from shared.artifacts import read_jsonl
 from shared.contracts import Prediction, Response
 from shared.datasets.stage import prepare
 from shared.errors import DataError, EngineError, RequestRefused, SettingsError, StageOrder, TeacherUnavailable
+from shared.harvest.ledger import answer_files
 from shared.prompts import zero_shot
 
 
@@ -219,7 +220,7 @@ def test_a_launched_teacher_that_nobody_started_is_asked_for_by_the_flag_to_give
 def test_a_teacher_that_is_not_there_ends_the_command_before_any_student_is_loaded(tmp_path):
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        run = exported_run(tmp_path / "run", teacher={"launch": {"engine": "scripted"}, "max_attempts": 1})
+        run = exported_run(tmp_path / "run", teacher={"launch": {"engine": "scripted"}, "patience_s": 0.5})
         with pytest.raises(TeacherUnavailable):
             main([*recipe_file(run, tmp_path / "recipe.yaml"), "--teacher-url", f"http://127.0.0.1:{held.getsockname()[1]}/v1"])
 
@@ -267,8 +268,7 @@ def test_a_stopped_evaluation_keeps_every_answer_that_came_and_goes_on_from_ther
     run = exported_run(tmp_path / "run", harvest={"concurrency": 1})
     command = [sys.executable, "-m", "shared.cli", "evaluate", *recipe_file(run, tmp_path / "recipe.yaml"), "--teacher-url", stuck_teacher]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    ledger = run.path / "evaluation" / "answers" / "teacher-zero-shot.jsonl"
-    while not (ledger.exists() and ledger.read_bytes().count(b"\n") == 5):
+    while sum(file.read_bytes().count(b"\n") for file in answer_files(run.path / "evaluation" / "answers", "teacher-zero-shot")) < 5:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(blow)
@@ -284,6 +284,6 @@ def test_a_stopped_evaluation_keeps_every_answer_that_came_and_goes_on_from_ther
 
 
 def test_a_key_file_that_cannot_be_read_is_named(tmp_path, run):
-    teacher = run.recipe.teacher.model_copy(update={"api_key_file": tmp_path / "none"})
+    url = ["--teacher-url", "http://127.0.0.1:9/v1", "--set", f"teacher.api_key_file={tmp_path / 'none'}"]
     with pytest.raises(SettingsError, match="none"):
-        open_teacher(teacher, "http://127.0.0.1:9/v1")
+        main([*recipe_file(run, tmp_path / "recipe.yaml"), *url])

@@ -2,152 +2,47 @@
 
 from __future__ import annotations
 
-import json
-import os
 import resource
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from teachers import (
+    CONCURRENCY,
+    SAMPLES,
+    Body,
+    Said,
+    Teacher,
+    child,
+    count_lines,
+    empty,
+    harvest,
+    html,
+    lines,
+    listening,
+    manifest,
+    prompt_of,
+    recipe,
+    refusing,
+    same,
+    saying,
+    stage_of,
+    usual,
+    wait_for_lines,
+)
 
-from shared.artifacts import Ledger
-from shared.cli import main
-from shared.contracts import Example, Response
+from shared.contracts import Example
 from shared.errors import HarvestTooThin, RunMismatch, StorageError, TeacherError
-
-SAMPLES = 3
-CONCURRENCY = 4
-
-
-class Teacher:
-    """A scripted OpenAI-compatible server on a thread; `mode` and `delay_s` may be changed while it runs."""
-
-    def __init__(self) -> None:
-        self.mode, self.delay_s = "normal", 0.0
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: set[str | None] = set()
-        teacher = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                teacher.bodies.append(body)
-                teacher.keys.add(self.headers["authorization"])
-                time.sleep(teacher.delay_s)
-                status, kind, answer = teacher.answer(body, self.path)
-                self.send_response(status)
-                self.send_header("content-type", kind)
-                self.send_header("content-length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, format: str, *arguments: Any) -> None: ...
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request: Any, client_address: Any) -> None: ...  # clients are killed on purpose
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def answer(self, body: dict[str, Any], path: str) -> tuple[int, str, bytes]:
-        if self.mode == "html":
-            return 200, "text/html", b"<html>Welcome to the wrong port</html>"
-        if self.mode in ("400", "401", "404"):
-            return int(self.mode), "application/json", b'{"error": {"message": "no"}}'
-        asked = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
-        texts = {
-            "normal": [f"{len(asked)} {asked[-20:]!r} {body['seed'] + i}" for i in range(body["n"])],
-            "empty": [""] * body["n"],
-            "same": ["always the same"] * body["n"],
-            "one": [f"{asked[-20:]!r} {body['seed']}"],
-        }[self.mode]
-        choices: list[dict[str, Any]] = []
-        for index, text in enumerate(texts):
-            said = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
-            choices.append({"index": index, "finish_reason": "stop", **said})
-        return 200, "application/json", json.dumps({"choices": choices}).encode()
-
-    @property
-    def asked(self) -> Counter[tuple[str, int]]:
-        """How often each (prompt, seed of a sample) was asked for."""
-        return Counter((b["messages"][-1]["content"], b["seed"] + i) for b in self.bodies for i in range(b["n"]))
+from shared.harvest.ledger import AnswerLedger, answer_files
 
 
 @pytest.fixture
 def teacher() -> Iterator[Teacher]:
-    teacher = Teacher()
-    thread = threading.Thread(target=teacher.server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield teacher
-    teacher.server.shutdown()
-    teacher.server.server_close()
-    thread.join()
-
-
-def recipe(folder: Path, url: str, prompts: int = 10, more: str = "") -> Path:
-    rows = folder / "rows.jsonl"
-    if not rows.exists():
-        lines = [{"question": f"My doctor spoke of condition {i}, what is it?", "summary": f"What is condition {i}?"} for i in range(400)]
-        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    file = folder / "recipe.yaml"
-    file.write_text(f"""
-name: test
-dataset: {{name: file, path: {rows}, limit: {prompts}, validation_rows: 5, test_rows: 5}}
-teacher: {{url: "{url}", max_attempts: 1, timeout_s: 20}}
-harvest: {{samples: {SAMPLES}, concurrency: {CONCURRENCY}}}
-{more}
-""")
-    return file
-
-
-def harvest(file: Path, out: Path, *more: str) -> int:
-    return main(["harvest", "--recipe", str(file), "--out", str(out), *more])
-
-
-@contextmanager
-def child(file: Path, out: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """`distill harvest` as a process of its own."""
-    command = [sys.executable, "-m", "shared.cli", "harvest", "--recipe", str(file), "--out", str(out), *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def ledger_of(out: Path) -> Path:
-    return out / "responses" / "teacher" / "responses.jsonl"
-
-
-def wait_for_lines(out: Path, count: int, process: subprocess.Popen[str]) -> None:
-    while not ledger_of(out).exists() or ledger_of(out).read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
-def lines(out: Path) -> list[tuple[str, str, int, str, str]]:
-    rows = [Response.model_validate_json(line) for line in ledger_of(out).read_text().splitlines()]
-    return sorted((r.key, r.example_id, r.sample, r.status, r.text) for r in rows)
-
-
-def manifest(out: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((out / "responses" / "teacher" / "manifest.json").read_text())
-    return loaded
+    with listening() as teacher:
+        yield teacher
 
 
 def test_every_training_prompt_is_asked_once_for_all_its_samples_and_the_manifest_tells(tmp_path: Path, teacher: Teacher) -> None:
@@ -193,7 +88,7 @@ def test_a_harvest_that_is_killed_ends_with_the_lines_of_one_that_was_not_and_re
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
         assert not (cut / "responses" / "teacher" / "manifest.json").exists()
-    with ledger_of(cut).open("a") as torn:
+    with answer_files(stage_of(cut))[-1].open("a") as torn:
         torn.write('{"key": "torn by a cra')
     time.sleep(0.1)  # requests of the killed process that are still being answered
     teacher.delay_s = 0.0
@@ -229,7 +124,8 @@ def test_an_interrupted_harvest_keeps_its_answers_and_prints_how_to_go_on(tmp_pa
     assert "everything done so far is kept" in said
     assert f"distill harvest --recipe {file} --out {out}" in said
     assert "Traceback" not in said
-    kept = len(lines(out))
+    kept = count_lines(out)
+    assert kept == teacher.answered * SAMPLES  # what was in flight is waited for
     assert 10 <= kept < 100 * SAMPLES
     teacher.delay_s = 0.0
     teacher.bodies.clear()
@@ -243,6 +139,7 @@ def test_a_teacher_that_refuses_connections_ends_the_harvest(tmp_path: Path, cap
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
     assert harvest(recipe(tmp_path, url), tmp_path / "run") == TeacherError.exit_code
     assert url in capsys.readouterr().err
+    assert count_lines(tmp_path / "run") == 0
 
 
 def test_a_teacher_that_does_not_answer_in_time_ends_the_harvest(
@@ -255,26 +152,28 @@ def test_a_teacher_that_does_not_answer_in_time_ends_the_harvest(
     assert harvest(recipe(tmp_path, teacher.url), tmp_path / "run", "--set", "teacher.timeout_s=30") == 0
 
 
-@pytest.mark.parametrize(("mode", "said"), [("html", "not JSON"), ("401", "API key"), ("404", "/v1")])
+@pytest.mark.parametrize(
+    ("wrong", "said"), [(html, "not JSON"), (refusing(401), "API key"), (refusing(404), "/v1")], ids=["html", "401", "404"]
+)
 def test_a_teacher_that_is_none_or_wants_a_key_is_asked_no_more_than_the_requests_in_flight(
-    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str], mode: str, said: str
+    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str], wrong: Callable[[Body], Said], said: str
 ) -> None:
-    teacher.mode = mode
+    teacher.answer = wrong
     file = recipe(tmp_path, teacher.url, prompts=50)
     assert harvest(file, tmp_path / "run") == TeacherError.exit_code
     assert said in capsys.readouterr().err
     assert len(teacher.bodies) <= 2 * CONCURRENCY
-    teacher.mode = "normal"
+    teacher.answer = usual
     assert harvest(file, tmp_path / "run") == 0
     assert len(lines(tmp_path / "run")) == 50 * SAMPLES
 
 
-@pytest.mark.parametrize(("mode", "reason"), [("empty", "30 empty"), ("400", "30 RequestRefused")])
+@pytest.mark.parametrize(("wrong", "reason"), [(empty, "30 empty"), (refusing(400), "30 refused")], ids=["empty", "400"])
 def test_a_teacher_of_which_nothing_usable_comes_fails_with_its_census_and_can_be_asked_again(
-    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str], mode: str, reason: str
+    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str], wrong: Callable[[Body], Said], reason: str
 ) -> None:
     file, out = recipe(tmp_path, teacher.url), tmp_path / "run"
-    teacher.mode = mode
+    teacher.answer = wrong
     assert harvest(file, out) == HarvestTooThin.exit_code
     said = capsys.readouterr().err
     assert reason in said
@@ -282,7 +181,7 @@ def test_a_teacher_of_which_nothing_usable_comes_fails_with_its_census_and_can_b
     assert len(lines(out)) == 10 * SAMPLES
     assert not (out / "responses" / "teacher" / "manifest.json").exists()
 
-    teacher.mode = "normal"
+    teacher.answer = usual
     asked = len(teacher.bodies)
     assert harvest(file, out) == HarvestTooThin.exit_code
     assert len(teacher.bodies) == asked
@@ -291,10 +190,16 @@ def test_a_teacher_of_which_nothing_usable_comes_fails_with_its_census_and_can_b
 
 
 def test_samples_that_are_all_the_same_are_warned_of(tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]) -> None:
-    teacher.mode = "same"
+    teacher.answer = lambda body: saying(body, [prompt_of(body)] * body["n"])
     assert harvest(recipe(tmp_path, teacher.url), tmp_path / "run") == 0
     assert "nearly always the same text" in capsys.readouterr().out
     assert manifest(tmp_path / "run")["counts"]["distinct_fraction"] == pytest.approx(1 / SAMPLES, abs=1e-4)
+
+
+def test_one_text_for_all_prompts_is_warned_of(tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher.answer = same
+    assert harvest(recipe(tmp_path, teacher.url), tmp_path / "run") == 0
+    assert "one and the same text whatever it is asked" in capsys.readouterr().out
 
 
 def test_different_samples_are_not_warned_of(tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,7 +208,7 @@ def test_different_samples_are_not_warned_of(tmp_path: Path, teacher: Teacher, c
 
 
 def test_a_teacher_that_gives_one_choice_a_request_is_asked_until_all_samples_are_there(tmp_path: Path, teacher: Teacher) -> None:
-    teacher.mode = "one"
+    teacher.answer = lambda body: saying(body, [f"{prompt_of(body)[-20:]!r} {body['seed']}"])
     assert harvest(recipe(tmp_path, teacher.url), tmp_path / "run") == 0
     assert len(lines(tmp_path / "run")) == 10 * SAMPLES
     assert len(teacher.bodies) == 10 * SAMPLES
@@ -337,24 +242,21 @@ def test_another_teacher_cannot_slip_into_a_run(tmp_path: Path, teacher: Teacher
 
 
 def test_a_full_disk_ends_the_harvest_with_whole_lines_kept(tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]) -> None:
-    file, out = recipe(tmp_path, teacher.url), tmp_path / "run"
-    assert harvest(file, out) == 0
-    whole = lines(out)
-    rows = ledger_of(out).read_bytes().splitlines(keepends=True)
-    ledger_of(out).write_bytes(b"".join(rows[:3]))
-    room = ledger_of(out).stat().st_size + len(rows[3]) * 3 // 2
+    file, whole, out = recipe(tmp_path, teacher.url, prompts=100), tmp_path / "whole", tmp_path / "run"
+    assert harvest(file, whole) == 0
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-        assert harvest(file, out) == StorageError.exit_code
+        for room in (60_000, 100):  # enough for some lines; not even for the index of those that are there
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+            assert harvest(file, out) == StorageError.exit_code
+            said = capsys.readouterr().err
+            assert str(out) in said
+            assert 0 < count_lines(out) < 100 * SAMPLES
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert "responses.jsonl" in capsys.readouterr().err
-    assert ledger_of(out).read_bytes().endswith(b"\n")
-    with Ledger(ledger_of(out), Response) as ledger:
-        assert len(ledger.rows()) >= 4
+    with AnswerLedger(stage_of(out)) as ledger:
         assert ledger.repaired_bytes == 0
     assert harvest(file, out) == 0
-    assert lines(out) == whole
+    assert lines(out) == lines(whole)

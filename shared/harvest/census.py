@@ -1,0 +1,129 @@
+"""Rows of a harvest and their census: every wanted row is counted once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shared.artifacts import now
+from shared.collect import Collected
+from shared.contracts import CUT_OFF, Completion, Response
+from shared.harvest.ask import Ask
+from shared.harvest.ledger import OK, Held, kind_of
+from shared.harvest.teacher import Refusal
+
+FEW_TEXTS = 8
+"""Fewer answers may well be one and the same text."""
+
+
+@dataclass(slots=True)
+class Prompt:
+    """A prompt under way."""
+
+    ask: Ask
+    keys: list[str]
+    """Of its samples, in order."""
+    open: int = 0
+    """Samples without a row so far."""
+    answers: int = 0
+    texts: set[int] = field(default_factory=set)
+    """Hashes of its answers."""
+    before: dict[int, Held] | None = None
+    """Answers it has had, by sample, that are asked for again all the same: they stay if nothing better comes."""
+
+
+class Census:
+    """Counts by prompt and row. `answers`, `failed` and what is `missing` sum up to what is wanted."""
+
+    def __init__(self) -> None:
+        self.prompts = self.wanted = self.answers = self.cut_off = 0
+        self.failed: Counter[str] = Counter()
+        self.said: dict[str, str] = {}
+        """What was said last, by the class of the failure."""
+        self.shared = self.collected = 0
+        self._of_several = self._distinct = self._several = self._varied = 0
+        self._texts: set[int] = set()
+
+    def prompt(self, ask: Ask) -> Prompt:
+        keys = ask.keys()
+        self.prompts += 1
+        self.wanted += len(keys)
+        return Prompt(ask, keys)
+
+    def held(self, prompt: Prompt, row: Held, read: Callable[[Held], Response]) -> None:
+        """A row that was there before."""
+        self._count(prompt, row.kind, row.text)
+        if row.kind in self.failed and row.kind not in self.said:
+            self.said[row.kind] = read(row).reason or row.kind
+
+    def made(self, prompt: Prompt, row: Response) -> None:
+        """A row that was added."""
+        self.collected += 1
+        kind = kind_of(row)
+        self._count(prompt, kind, hash(row.text))
+        if row.status == "failed":
+            self.said[kind] = row.reason or kind
+
+    def close(self, prompt: Prompt) -> None:
+        """Nothing of a prompt is missing any more."""
+        if prompt.answers > 1:
+            self._of_several += prompt.answers
+            self._distinct += len(prompt.texts)
+            self._several += 1
+            self._varied += len(prompt.texts) > 1
+
+    def collected_of(self, *, total: int | None, requests: int, refused: int, seconds: float) -> Collected:
+        """`total`: rows wanted in the end, where more are than have been drawn."""
+        return Collected(
+            prompts=self.prompts,
+            answers=self.answers,
+            failed=dict(self.failed),
+            missing=max(self.wanted, total or 0) - self.answers - self.failed.total(),
+            cut_off=self.cut_off,
+            distinct_fraction=self._distinct / self._of_several if self._of_several else 1.0,
+            requests=requests,
+            refused=refused,
+            shared=self.shared,
+            several=self._several,
+            varied=self._varied,
+            one_text=len(self._texts) == 1 and self.answers >= FEW_TEXTS and self.prompts > 1,
+            said=self.said,
+            seconds=seconds,
+            collected=self.collected,
+        )
+
+    def _count(self, prompt: Prompt, kind: str, text: int) -> None:
+        if kind in (OK, CUT_OFF):
+            self.answers += 1
+            self.cut_off += kind == CUT_OFF
+            prompt.answers += 1
+            prompt.texts.add(text)
+            if len(self._texts) < 2:
+                self._texts.add(text)
+        else:
+            self.failed[kind] += 1
+
+
+def row_of(prompt: Prompt, sample: int, choice: Completion | Refusal, *, latency_s: float, attempts: int) -> Response:
+    """The ledger line of a sample."""
+    refused = choice if isinstance(choice, Refusal) else None
+    completion = choice if isinstance(choice, Completion) else None
+    return Response(
+        key=prompt.keys[sample],
+        example_id=prompt.ask.example_id,
+        sample=sample,
+        status="failed" if refused else "ok",
+        text=_whole(completion.text) if completion else "",
+        finish_reason=completion.finish_reason if completion else None,
+        reason=_whole(refused.reason) if refused else None,
+        model=prompt.ask.model,
+        latency_s=round(latency_s, 4),
+        attempts=max(attempts, 1),
+        received_at=now(),
+    )
+
+
+def _whole(text: str) -> str:
+    """JSON can name half a character, a file cannot hold it."""
+    return text.encode(errors="replace").decode()
