@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -304,6 +305,26 @@ def answer_files(folder: Path, stem: str = "responses") -> list[Path]:
     """The files of a ledger in the order in which they were written; none if it has not begun."""
     base = folder / f"{stem}.jsonl"
     return [*([base] if base.is_file() else []), *sorted(folder.glob(f"{stem}-{'[0-9]' * 6}.jsonl"))]
+
+
+def kinds(folder: Path, stem: str = "responses") -> dict[tuple[str, str], str]:
+    """What a ledger has, read without disturbing its writer: key and example id to kind. Raises DataError."""
+    for _ in range(5):
+        with contextlib.suppress(FileNotFoundError):  # the segments were compacted in between
+            return _read_kinds(folder, stem)
+        time.sleep(0.1)
+    return _read_kinds(folder, stem)
+
+
+def _read_kinds(folder: Path, stem: str) -> dict[tuple[str, str], str]:
+    found = {}
+    for path in answer_files(folder, stem):
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.endswith(b"\n"):  # one that is being written waits for its end
+                    row = _parsed(line, path, number)
+                    found[row.key, row.example_id] = kind_of(row)
+    return found
 
 
 def _short(key: str) -> bytes:

@@ -403,9 +403,11 @@ class _Harvest:
         except TeacherBusy as exc:
             self._pace.busy(sent_at, exc.retry_after_s)
             self._circuit.lives()
+            self._doubt = None
             self._ready.appendleft(job)
         except RequestRefused as exc:
             self._pace.answered(sent_at)
+            self._doubt = None
             self._refused(job, exc, time.monotonic() - sent_at)
         except (TeacherUnavailable, NotTheApi) as exc:
             if isinstance(exc, TeacherLate):
@@ -429,6 +431,7 @@ class _Harvest:
 
     def _keep(self, job: _Job, answer: Answer, latency_s: float) -> None:
         """Rows of what came, and another job for what did not."""
+        outage = self._circuit.open
         self._circuit.lives()
         found = answer.choices[: len(job.samples)]
         if not found:
@@ -442,7 +445,11 @@ class _Harvest:
         if self._suspects and answered:
             suspects, self._suspects = self._suspects, []
             for suspect in suspects:
-                self._unanswered(suspect)
+                if outage:  # it was the teacher that failed, and it is back
+                    suspect.failures = 0
+                    self._ready.append(suspect)
+                else:
+                    self._unanswered(suspect)
 
     def _refused(self, job: _Job, exc: RequestRefused, latency_s: float) -> None:
         self._circuit.lives()

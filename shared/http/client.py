@@ -127,7 +127,7 @@ class Exchange:
         message = f"{url}: HTTP {status}: {self.quote(reply.body)}"
         if status == 429 and any(code.encode() in reply.body for code in SPENT):
             raise TeacherRejected(f"{message}; the account has no credit left: waiting does not help")
-        wait = retry_after(reply.headers.get("retry-after"))
+        wait = retry_after(reply.headers.get("retry-after"), reply.headers.get("date"))
         if status == 429:
             raise TeacherBusy(message, retry_after_s=wait)
         if status == 408:
@@ -346,8 +346,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def retry_after(header: str | None) -> float | None:
-    """Seconds to wait, from a Retry-After of seconds or of a date; None if there is none that makes sense."""
+def retry_after(header: str | None, date: str | None = None) -> float | None:
+    """Seconds to wait, from a Retry-After of seconds or of a date; None if there is none that makes sense.
+
+    `date`: the answer's own Date, by the server's clock; without it a date is measured by this machine's.
+    """
     if header is None:
         return None
     try:
@@ -359,5 +362,13 @@ def retry_after(header: str | None) -> float | None:
             return None
         if when.tzinfo is None:
             when = when.replace(tzinfo=UTC)
-        seconds = (when - datetime.now(UTC)).total_seconds()
+        seconds = (when - _server_time(date)).total_seconds()
     return None if math.isnan(seconds) else min(max(seconds, 0.0), LONGEST_S)
+
+
+def _server_time(date: str | None) -> datetime:
+    try:
+        said = parsedate_to_datetime(date or "")
+    except ValueError:
+        return datetime.now(UTC)
+    return said if said.tzinfo is not None else said.replace(tzinfo=UTC)

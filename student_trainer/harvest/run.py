@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import get_args
 
@@ -40,12 +41,15 @@ def main(argv: list[str]) -> int:
     retry = _classes(arguments.retry_failed)
     if arguments.metrics_file and arguments.metrics_file.suffix != ".prom":
         raise SettingsError(f"--metrics-file {arguments.metrics_file}: the node exporter reads files that end in .prom")
-    run = open_run(arguments)
 
     from student_trainer.harvest.stage import dry_run, run_stage
 
     if arguments.dry_run:
-        return dry_run(run, teacher_url=arguments.teacher_url, retry=retry)
+        with tempfile.TemporaryDirectory() as nowhere:
+            if not (arguments.out / "run.json").exists():
+                arguments.out = Path(nowhere) / "run"  # to look at the price must not bind the run to these settings
+            return dry_run(open_run(arguments), teacher_url=arguments.teacher_url, retry=retry)
+    run = open_run(arguments)
     return run_stage(run, teacher_url=arguments.teacher_url, retry=retry, metrics_file=arguments.metrics_file)
 
 

@@ -16,7 +16,7 @@ from shared.datasets.stage import prepare, shots
 from shared.errors import HarvestTooThin
 from shared.harvest.ask import Ask
 from shared.harvest.budget import Budget, estimated_tokens
-from shared.harvest.ledger import AnswerLedger
+from shared.harvest.ledger import AnswerLedger, kinds
 from shared.harvest.redaction import Redaction
 from shared.harvest.scheduler import Limits, harvest
 from shared.http.client import teacher_of
@@ -152,26 +152,25 @@ def check(recipe: Recipe, collected: Collected) -> None:
 
 
 def dry_run(run: Run, *, teacher_url: str | None = None, retry: frozenset[str] = frozenset()) -> int:
-    """Print what a harvest would send, what it may cost and three requests in full; send nothing. Returns the exit code."""
+    """Print what a harvest would send, what it may cost and three requests in full; send nothing, lock nothing. Returns the exit code."""
     recipe = run.recipe
     train = prepare(run)["train"]
-    stage = run.stage(STAGE, inputs=["dataset"])
     prompts = Prompts(run, train)
+    held = kinds(run.path / STAGE)
     launched = "http://launched.teacher/v1" if recipe.teacher.launch else None
     teacher = teacher_of(recipe.teacher, teacher_url or launched)
     requests = samples = inputs = 0
     shown: list[str] = []
-    with AnswerLedger(stage.path) as ledger:
-        for ask in prompts:
-            missing = [i for i in range(ask.request.n) if (row := ledger.find(ask.key(i), ask.example_id)) is None or row.kind in retry]
-            if not missing:
-                continue
-            made = -(-len(missing) // (teacher.most_choices or len(missing)))
-            requests += made
-            samples += len(missing)
-            inputs += made * estimated_tokens(ask.request)
-            if len(shown) < SHOWN_REQUESTS:
-                shown.append(teacher.rendered(ask.part(range(missing[0], missing[0] + -(-len(missing) // made)))))
+    for ask in prompts:
+        missing = [i for i, key in enumerate(ask.keys()) if held.get((key, ask.example_id)) in (None, *retry)]
+        if not missing:
+            continue
+        made = -(-len(missing) // (teacher.most_choices or len(missing)))
+        requests += made
+        samples += len(missing)
+        inputs += made * estimated_tokens(ask.request)
+        if len(shown) < SHOWN_REQUESTS:
+            shown.append(teacher.rendered(ask.part(range(missing[0], missing[0] + -(-len(missing) // made)))))
     print(*(f"request {number}: {text}\n" for number, text in enumerate(shown, 1)), sep="\n")
     outputs = samples * recipe.harvest.max_tokens
     print(f"{STAGE}: {requests} requests for {samples} of {len(train) * recipe.harvest.samples} answers; nothing was sent")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
-import time
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,10 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from shared.artifacts import read_json
-from shared.contracts import Response
+from shared.contracts import CUT_OFF
 from shared.errors import DataError
 from shared.harvest.budget import Account
-from shared.harvest.ledger import OK, answer_files, kind_of
+from shared.harvest.ledger import OK, kinds
 from student_trainer.harvest.stage import ACCOUNT, STAGE
 from student_trainer.harvest.watch import PROGRESS
 
@@ -31,12 +29,12 @@ def report(run: Path) -> str:
     if not (run / "run.json").is_file():
         raise DataError(f"{run} is no run directory (it has no run.json); give the directory that a stage wrote to")
     recipe, stage = read_json(run / "run.json").get("recipe", {}), run / STAGE
-    kinds = _kinds(stage)
+    counted = Counter(kinds(stage).values())
     wanted = _lines(run / "dataset" / "train.jsonl") * recipe.get("harvest", {}).get("samples", 0)
-    answers, failed = kinds[OK] + kinds["cut_off"], {k: n for k, n in sorted(kinds.items()) if k not in (OK, "cut_off")}
+    answers, failed = counted[OK] + counted[CUT_OFF], {kind: n for kind, n in sorted(counted.items()) if kind not in (OK, CUT_OFF)}
     lines = [
         f"{run}: {_state(stage, (stage / 'manifest.json').is_file())}",
-        f"answers   {answers} of {wanted or '?'}, {kinds['cut_off']} of them cut off",
+        f"answers   {answers} of {wanted or '?'}, {counted[CUT_OFF]} of them cut off",
         f"failed    {sum(failed.values())}{': ' if failed else ''}{', '.join(f'{n} {k}' for k, n in failed.items())}",
     ]
     account = _account(stage / ACCOUNT)
@@ -72,30 +70,6 @@ def _lives(told: dict[str, Any]) -> bool:
     except (PermissionError, ValueError):
         pass
     return True
-
-
-def _kinds(stage: Path) -> Counter[str]:
-    """Answers by kind, of several lines for one the last; a line that is being written waits for its end."""
-    for _ in range(5):
-        with contextlib.suppress(FileNotFoundError):  # the segments were compacted in between
-            return _read_kinds(stage)
-        time.sleep(0.1)
-    return _read_kinds(stage)
-
-
-def _read_kinds(stage: Path) -> Counter[str]:
-    last: dict[tuple[str, str], str] = {}
-    for file in answer_files(stage):
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    row = Response.model_validate_json(line)
-                except ValidationError as exc:
-                    raise DataError(f"{file}, line {number}: not an answer: {exc.errors()[0]['msg']}") from exc
-                last[row.key, row.example_id] = kind_of(row)
-    return Counter(last.values())
 
 
 def _account(file: Path) -> Account | None:
