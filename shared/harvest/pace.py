@@ -168,9 +168,8 @@ class Pace:
         elapsed = max(now - self._since, 1e-3)
         if self._rate is None:
             # as many as it took, in the time it wants to be left alone
-            self._rate = max(1.0, self._accepted) / max(
-                elapsed, min(FIRST_GATE_S if retry_after_s is None else retry_after_s, LONGEST_GAP_S)
-            )
+            told = FIRST_GATE_S if retry_after_s is None else min(retry_after_s, LONGEST_GAP_S)
+            self._rate = max(1.0, self._accepted) / max(elapsed, told)
         elif self._allowed is None:
             asking = max(now - max(self._since, self.gate_until), 1e-3)
             with_pauses, without = self._accepted / elapsed, self._accepted / asking

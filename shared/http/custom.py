@@ -113,7 +113,7 @@ class CustomTeacher:
                 return
             outcome = "failed" if wait is None else "busy"
         if wait is None:
-            wait = retry_after(reply.headers.get("retry-after"))
+            wait = retry_after(reply.headers.get("retry-after"), reply.headers.get("date"))
         said = f"{self._url}: HTTP {reply.status}: teacher.custom.error ({self._api.error}) is {self._exchange.quote(_word(error))} in"
         raise _raised(outcome, f"{said} {self._exchange.quote(reply.body)}", wait)
 

@@ -42,9 +42,12 @@ from teachers import (
     wait_for_lines,
 )
 
+from shared.artifacts import Run
 from shared.cli import main
+from shared.datasets.stage import prepare
 from shared.errors import BudgetSpent, DataError, HarvestTooThin, SettingsError, StorageError, TeacherError
 from shared.harvest.scheduler import SMOKE
+from shared.settings import Recipe, load_settings
 
 KEY = "sk-geheim-0123456789"
 CENSUS = re.compile(r"responses/teacher: (\d+) prompts, (\d+) answers")
@@ -67,15 +70,15 @@ def kinds(out: Path) -> Counter[str]:
     return Counter("ok" if row.status == "ok" else str(row.reason).partition(":")[0] for row in last.values())
 
 
-def every(number: int, wrong: Callable[[Body], Said]) -> Callable[[Body], Said]:
-    """Wrong for every so many prompts, whenever they are asked; right for all others."""
+def every(number: int, wrong: Callable[[Body], Said], *, otherwise: Callable[[Body], Said] = usual) -> Callable[[Body], Said]:
+    """Wrong for every so many prompts, whenever they are asked; `otherwise` for all others."""
     met: dict[str, int] = {}
     lock = threading.Lock()
 
     def answer(body: Body) -> Said:
         with lock:
             place = met.setdefault(prompt_of(body), len(met) + 1)
-        return (usual if place % number else wrong)(body)
+        return (otherwise if place % number else wrong)(body)
 
     return answer
 
@@ -348,8 +351,7 @@ def test_half_a_character_in_an_answer_costs_a_question_mark(tmp_path: Path, tea
 
 
 def test_a_class_alone_is_asked_for_again(tmp_path: Path, teacher: Teacher, out: Path) -> None:
-    odd, even = every(20, empty), every(10, tools)
-    teacher.answer = lambda body: found if (found := odd(body)) == empty(body) else even(body)
+    teacher.answer = every(20, empty, otherwise=every(19, tools))
     file = recipe(tmp_path, teacher.url, prompts=40, harvest="max_failed_fraction: 0.2")
     assert harvest(file, out) == 0
     assert kinds(out) == {"ok": 36 * SAMPLES, "empty": 2 * SAMPLES, "no_text": 2 * SAMPLES}
@@ -543,7 +545,7 @@ def test_status_of_a_run_whose_harvest_has_not_begun_says_so(
     tmp_path: Path, teacher: Teacher, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = recipe(tmp_path, teacher.url)
-    assert main(["prepare", "--recipe", str(file), "--out", str(out)]) in (0, 2)  # the models are none of this test's business
+    prepare(Run.open(out, load_settings(Recipe, yaml_file=file)))
     assert "not begun" in status(out, capsys)
 
 
@@ -666,9 +668,7 @@ def test_a_wall_clock_that_jumps_by_days_changes_no_pause_and_no_duration(tmp_pa
     refused = iter([refusing(429, **{"retry-after": "1"}), refusing(503)])
     teacher.answer = lambda body: next(refused, usual)(body) if len(teacher.bodies) > 30 else usual(body)
     teacher.delay_s = 0.02
-    file = recipe(
-        tmp_path, teacher.url, prompts=60, harvest="budget: {seconds: 60}", teacher="price: {input_per_million: 1, output_per_million: 1}"
-    )
+    file = recipe(tmp_path, teacher.url, prompts=60, harvest="budget: {seconds: 60}")
     started = time.monotonic()
     with child(file, out, "--set", "teacher.max_attempts=3", PYTHONPATH=path) as process:
         _, said = process.communicate(timeout=60)
@@ -689,14 +689,14 @@ def without_overriding_rights() -> None:
 
 @pytest.mark.parametrize("where", ["", "responses/teacher"])
 def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path, teacher: Teacher, out: Path, where: str) -> None:
-    file = recipe(tmp_path, teacher.url, harvest="budget: {requests: 4}")
+    command = [sys.executable, "-m", "shared.cli", "harvest", "--out", str(out)]
+    command += ["--recipe", str(recipe(tmp_path, teacher.url, harvest="budget: {requests: 4}"))]
     if where:
-        assert harvest(file, out) == BudgetSpent.exit_code
+        assert subprocess.run(command, capture_output=True, timeout=60).returncode == BudgetSpent.exit_code
     closed = out / where
     closed.mkdir(exist_ok=True)
     for path in [*closed.iterdir(), closed]:
         path.chmod(0o500 if path.is_dir() else 0o400)
-    command = [sys.executable, "-m", "shared.cli", "harvest", "--recipe", str(file), "--out", str(out)]
     asked = len(teacher.bodies)
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=without_overriding_rights, timeout=60)
     assert done.returncode == StorageError.exit_code, done.stderr
@@ -729,13 +729,8 @@ PRIVATE = ("jane.doe@example.org", "+1 650-253-0000", "10.11.12.13")
 def test_redacted_texts_reach_neither_teacher_nor_ledger_and_are_counted(
     tmp_path: Path, teacher: Teacher, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [
-        {
-            "question": f"I have condition {i}. Write to {PRIVATE[0]} or call {PRIVATE[1]}, not {PRIVATE[2]}. Is it bad?",
-            "summary": f"Is {i} bad?",
-        }
-        for i in range(40)
-    ]
+    private = f"Write to {PRIVATE[0]} or call {PRIVATE[1]}, not {PRIVATE[2]}."
+    rows = [{"question": f"I have condition {i}. {private} Is it bad?", "summary": f"Is {i} bad?"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     teacher.answer = lambda body: saying(body, [f"{prompt_of(body)} {i}" for i in range(body["n"])])
     file = recipe(tmp_path, teacher.url, prompts=20, harvest="redact: [email, phone], shots: 2")
