@@ -81,7 +81,7 @@ class Interruption:
         return self.signal is not None
 
     def raise_if_asked(self) -> None:
-        """Raises KeyboardInterrupt after a Ctrl-C, Stopped after SIGTERM."""
+        """Raises KeyboardInterrupt after a Ctrl-C, Stopped after SIGTERM or the loss of the terminal."""
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signal is not None:
@@ -102,7 +102,9 @@ def interruptible() -> Iterator[Interruption]:
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread may have handlers
         return
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    # what this process was told to ignore (nohup), it goes on ignoring
+    heard = [signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, note) for signum in heard}
     try:
         yield asked
     finally:
@@ -164,8 +166,15 @@ class Progress:
         of, left = "", ""
         if self._total is not None:
             of = f"/{self._total}"
+        if self._total is not None and self._done < self._total:
             left = f", {(self._total - self._done) / rate:.0f} s left" if rate > 0 else ", time left not known yet"
         line = f"{self._what}: {self._done}{of} {self._unit}, {rate:.1f}/s{left}{', ' + note if note else ''}"
+        try:
+            self._print(line)
+        except OSError:  # nobody listens any more, which is no reason to end
+            self._told = math.inf
+
+    def _print(self, line: str) -> None:
         if self._terminal:
             line = line[: shutil.get_terminal_size().columns - 1]  # one that is wrapped cannot be written over
             print(f"\r\x1b[K{line}", end="\n" if self._done == self._total else "", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -151,7 +152,8 @@ class Answers:
     def _begin(self) -> None:
         self._segments: dict[Path, Rows] = {}
         self._failed: dict[tuple[str, str], str] = {}
-        self.answered = self.damaged = 0
+        self.damaged: Counter[Path] = Counter()
+        self.answered = 0
 
     def look(self) -> None:
         """Read what was added, or everything if the segments were compacted since. Raises OSError."""
@@ -160,14 +162,14 @@ class Answers:
             self._begin()
         for file in files:
             if file not in self._segments:
-                self._segments[file] = Rows(file, self._take)
+                self._segments[file] = Rows(file, partial(self._take, file))
             self._segments[file].look()
 
-    def _take(self, line: bytes) -> None:
+    def _take(self, file: Path, line: bytes) -> None:
         try:
             row = Response.model_validate_json(line)
         except ValidationError:
-            self.damaged += 1
+            self.damaged[file] += 1
             return
         if row.status == "failed":
             reason = (row.reason or "").partition(":")[0]
@@ -279,8 +281,8 @@ class _Scrape:
             self.add("distill_harvest_answers_total", ledger.answered, run)
             for reason, count in ledger.failed().items():
                 self.add("distill_harvest_failed_answers", count, run, reason)
-            if ledger.damaged:
-                raise DataError(f"{folder / TEACHER_LEDGER}: {ledger.damaged} lines are no answers")
+            for file, lines in ledger.damaged.items():
+                raise DataError(f"{file}: {lines} lines are no answers")
 
     def _training(self, run: str, folder: Path, recipe: _Recipe | None) -> None:
         file = folder / "checkpoints" / "log.jsonl"

@@ -90,6 +90,7 @@ class Budget:
                 '{"requests": 120, "cost": 0.5, "seconds": 60.0}'
             ) from exc
         self._before_s, self._started = self.account.seconds, clock()
+        self._set_aside = 0.0
 
     def reserve(self, request: GenerationRequest) -> Reserved | None:
         """Set aside what a request may cost at most; None if that does not fit beside what is spent and set aside. Raises StorageError."""
@@ -103,6 +104,7 @@ class Budget:
             return None
         account.requests += 1
         account.cost += cost
+        self._set_aside += cost
         self._write()
         return Reserved(request, cost)
 
@@ -111,6 +113,7 @@ class Budget:
 
         `answer`: None where none came; `billed`: whether it may have been charged all the same (it broke off, or came too late).
         """
+        self._set_aside -= reserved.cost
         if not self.priced or (answer is None and billed):
             return
         cost = 0.0
@@ -119,6 +122,11 @@ class Budget:
             cost = self._in * counted + self._out * self._answered_tokens(reserved.request, answer)
         self.account.cost = max(0.0, self.account.cost + cost - reserved.cost)
         self._write()
+
+    @property
+    def spent(self) -> float:
+        """Of the account's cost what is settled; the rest is set aside for requests in flight."""
+        return max(0.0, self.account.cost - self._set_aside)
 
     @property
     def late(self) -> bool:

@@ -163,7 +163,7 @@ class AnswerLedger:
         segments = [path for path in self._files if path != self.base]
         try:
             if segments or self.superseded or not self.base.exists():
-                if segments == self._files[:1] == self._files and not self.superseded:
+                if len(segments) == len(self._files) == 1 and not self.superseded:
                     os.replace(segments[0], self.base)
                 else:
                     self._write_base()

@@ -543,7 +543,7 @@ class _Harvest:
         failed = self._census.failed
         reasons = ", ".join(f"{number} {kind}" for kind, number in failed.most_common())
         return HarvestTooThin(
-            f"{self._what}: half of the first {SMOKE} prompts or more failed ({reasons}), most with: "
+            f"half of the first {SMOKE} prompts of {self._what} or more failed ({reasons}), most with: "
             f"{self._census.said.get(failed.most_common(1)[0][0], '')}. Nothing more was sent; mend the cause, then ask again for what "
             "failed (`distill harvest --retry-failed`)"
         )
@@ -623,13 +623,13 @@ class _Harvest:
 
     def _note(self) -> str:
         """What the line of progress says beside numbers of rows."""
-        notes = [f"{len(self._tasks)} in flight"]
+        notes = [f"{self._pace.in_flight} in flight"]
         if self._pace.refused:
             notes.append(f"{self._pace.refused} x 429")
         if failed := self._census.failed.total():
             notes.append(f"{failed} failed")
         if self._budget is not None and self._budget.priced:
-            notes.append(f"cost {self._budget.account.cost:.4g}")
+            notes.append(f"cost {self._budget.spent:.4g}")
         if waiting := self._waits_for():
             notes.append(waiting)
         return ", ".join(notes)
@@ -645,7 +645,7 @@ class _Harvest:
             rows_per_s=self._rate.per_s,
             requests=self._requests,
             refused=self._pace.refused,
-            cost=self._budget.account.cost if self._budget is not None and self._budget.priced else None,
+            cost=self._budget.spent if self._budget is not None and self._budget.priced else None,
             waiting=self._waits_for() if state == "running" else "",
         )
 

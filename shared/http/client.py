@@ -189,7 +189,9 @@ def _failure(url: str, exc: Exception) -> TeacherError:
             f"{message}; the server's certificate is not trusted here, or it speaks no TLS: mend the URL or the certificate "
             "(SSL_CERT_FILE names a file with your own authority)"
         )
-    if isinstance(cause, (aiohttp.ClientConnectorError, httpx.ConnectError)):
+    if isinstance(cause, aiohttp.ClientConnectorError):
+        return TeacherUnavailable(f"{url}: cannot connect: {cause.os_error}")
+    if isinstance(cause, httpx.ConnectError):
         return TeacherUnavailable(message)
     return TeacherFailed(message, maybe_billed=True)
 
@@ -281,7 +283,8 @@ class OpenAITeacher:
     def _choice(self, choice: dict[str, Any]) -> Completion | Refusal:
         said = choice.get("message") if self._protocol == "chat" else choice
         if not isinstance(said, dict):
-            return Refusal("no_text", f"a choice without a message: {self._exchange.quote(str(choice))}")
+            said = self._exchange.quote(str(choice))
+            return Refusal("no_text", f"a choice without a message: {said}; is teacher.protocol {self._protocol} right?")
         text, reason = said.get("content" if self._protocol == "chat" else "text"), choice.get("finish_reason")
         if reason == "content_filter":
             return Refusal("content_filter", "the teacher's filter kept the answer back")

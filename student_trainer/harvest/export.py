@@ -30,8 +30,10 @@ COLUMNS = {
 def export(stage: Path, to: Path) -> int:
     """Write the rows that count, one a sample, to `to`; whole or not at all. Returns their number.
 
-    Raises DataError without a ledger, SettingsError where `datasets` is not installed, StorageError while a harvest is at work.
+    Raises DataError without a ledger, SettingsError for a name that is taken or of another kind, and where `datasets` is not installed, StorageError while a harvest is at work.
     """
+    if to.exists() or not to.name or to.suffix not in ("", ".parquet"):
+        raise SettingsError(f"{to}: give a new name, that of a folder or one that ends in .parquet; what is there is not replaced")
     if not answer_files(stage):
         raise DataError(f"{stage} holds no answers yet: run `distill harvest` first")
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

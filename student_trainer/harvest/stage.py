@@ -174,11 +174,13 @@ def dry_run(run: Run, *, teacher_url: str | None = None, retry: frozenset[str] =
     print(*(f"request {number}: {text}\n" for number, text in enumerate(shown, 1)), sep="\n")
     outputs = samples * recipe.harvest.max_tokens
     print(f"{STAGE}: {requests} requests for {samples} of {len(train) * recipe.harvest.samples} answers; nothing was sent")
+    if (cap := recipe.harvest.budget.requests) is not None and requests > cap:
+        print(f"harvest.budget.requests is {cap}: it will end there")
     print(f"about {inputs} tokens in (one for every 3 bytes of UTF-8, and 8 a message), at most {outputs} out")
     if price := recipe.teacher.price:
         cost = (inputs * price.input_per_million + outputs * price.output_per_million) / 1e6
-        cap = recipe.harvest.budget.cost
-        print(f"about {cost:.4g} at most by teacher.price{f'; harvest.budget.cost is {cap:g}' if cap is not None else ''}")
+        most = recipe.harvest.budget.cost
+        print(f"about {cost:.4g} at most by teacher.price{f'; harvest.budget.cost is {most:g}' if most is not None else ''}")
     if recipe.harvest.redact is not None:
         found = ", ".join(f"{count} {kind}" for kind, count in sorted(prompts.redaction.counts.items())) or "nothing"
         print(f"taken out before it would be sent: {found}")

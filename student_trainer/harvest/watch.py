@@ -49,7 +49,7 @@ class Watch:
         tell("refused_requests", "Of these, refused with 429.", standing.refused)
         tell("waiting", "1 while nothing is sent: the teacher asked for a pause, or does not answer.", bool(standing.waiting))
         if standing.cost is not None:
-            tell("cost", "Spent and set aside, in the currency of teacher.price, all commands together.", standing.cost)
+            tell("cost", "Spent, in the currency of teacher.price, all commands together.", standing.cost)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_to_textfile(str(file), registry)

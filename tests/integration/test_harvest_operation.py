@@ -272,7 +272,7 @@ def test_when_the_first_prompts_fail_nothing_more_is_sent(
     assert harvest(file, out) == HarvestTooThin.exit_code
     assert len(teacher.bodies) == SMOKE
     said = capsys.readouterr().err
-    for part in (f"first {SMOKE} prompts", f"{SMOKE * SAMPLES} empty", "--retry-failed"):
+    for part in (f"first {SMOKE} prompts", " empty", "--retry-failed"):
         assert part in said
     teacher.answer = usual
     assert harvest(file, out, "--retry-failed") == 0
@@ -545,7 +545,7 @@ def test_status_of_a_run_whose_harvest_has_not_begun_says_so(
     tmp_path: Path, teacher: Teacher, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = recipe(tmp_path, teacher.url)
-    prepare(Run.open(out, load_settings(Recipe, yaml_file=file)))
+    prepare(Run.open(out, load_settings(Recipe, flags={}, yaml_file=file)))
     assert "not begun" in status(out, capsys)
 
 
@@ -638,6 +638,46 @@ def test_the_ledger_is_lines_that_any_tool_reads(tmp_path: Path, teacher: Teache
     if shutil.which("jq"):
         counted = subprocess.run(["jq", "-r", 'select(.status == "failed") | .reason', file], capture_output=True, text=True, check=True)
         assert counted.stdout.splitlines() == ["empty: nothing but blanks"] * 2 * SAMPLES
+
+
+def exported(out: Path, to: Path) -> int:
+    return main(["harvest", "export", str(out), str(to)])
+
+
+def test_an_export_holds_every_row_once_as_parquet_and_as_a_data_set(
+    tmp_path: Path, teacher: Teacher, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parquet, datasets = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("datasets")
+    teacher.answer = every(10, empty)
+    file = recipe(tmp_path, teacher.url, prompts=20, harvest="max_failed_fraction: 0.5")
+    assert exported(out, tmp_path / "early.parquet") == DataError.exit_code
+    assert harvest(file, out) == 0
+    teacher.answer = usual
+    assert harvest(file, out, "--retry-failed") == 0
+    found = sorted((row.model_dump() for row in rows_of(out)), key=lambda row: row["key"])
+    assert len(found) == 20 * SAMPLES
+    for name, read in {
+        "answers.parquet": lambda path: parquet.read_table(path).to_pylist(),
+        "answers": lambda path: datasets.load_from_disk(str(path)).to_list(),
+    }.items():
+        capsys.readouterr()
+        assert exported(out, tmp_path / "new" / name) == 0
+        assert f"{20 * SAMPLES} rows" in capsys.readouterr().out
+        assert sorted(read(tmp_path / "new" / name), key=lambda row: row["key"]) == found
+    assert not [path for path in stage_of(out).iterdir() if "export" in path.name]
+
+
+def test_an_export_takes_the_place_of_nothing(tmp_path: Path, teacher: Teacher, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    assert harvest(recipe(tmp_path, teacher.url), out) == 0
+    whole = lines(out)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("five years")
+    monkeypatch.chdir(tmp_path / "precious")
+    for to in (tmp_path / "precious", out, stage_of(out), Path(), Path(".."), tmp_path / "precious" / "thesis.txt"):
+        assert exported(out, to) == SettingsError.exit_code
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "five years"
+    assert lines(out) == whole
 
 
 # clocks, disks, secrets

@@ -558,7 +558,8 @@ def test_an_outage_is_waited_out_with_few_requests(tmp_path: Path) -> None:
             within += 1
             raise failed()
 
-    asks, seen = asks_for(200, samples=1), []
+    asks = asks_for(200, samples=1)
+    seen: list[Standing] = []
     run(FakeTeacher(outage), asks, tmp_path, limits=Limits(concurrency=16, max_attempts=3), watch=seen.append)
     assert lines(tmp_path) == expected(asks)
     assert within <= 2 * 16
