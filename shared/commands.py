@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,8 @@ def interruptible() -> Iterator[Interruption]:
         if asked.signal is not None:
             os._exit(INTERRUPTED if signum == signal.SIGINT else TERMINATED)
         asked.signal = signum
-        os.write(2, b"\nending: waiting for what is in flight; once more to end at once\n")  # print may be what was interrupted
+        with suppress(OSError):  # the terminal may be what has gone
+            os.write(2, b"\nending: waiting for what is in flight; once more to end at once\n")  # print may be what was interrupted
 
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread may have handlers
@@ -157,7 +158,8 @@ class Progress:
         if self._shown != self._done:
             self._tell()
         if self._terminal and self._done != self._total:
-            print(file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(file=sys.stderr, flush=True)
 
     def _tell(self) -> None:
         self._told, self._shown = time.monotonic(), self._done

@@ -60,6 +60,8 @@ def stage_states(run: Path, manifests: Mapping[str, Manifest]) -> dict[str, Stat
 def _state(run: Path, stage: str, manifest: Manifest | None, made: set[FileRef]) -> State:
     if manifest is None:
         return "partial" if (run / stage).is_dir() and any((run / stage).iterdir()) else "missing"
+    if any((run / stage).glob("responses-*.jsonl")):
+        return "partial"  # some answers are being asked for again
     if any(not (run / ref.path).is_file() or (run / ref.path).stat().st_size != ref.bytes for ref in manifest.outputs):
         return "partial"  # a file is gone, or has grown since
     return "done" if made.issuperset(manifest.inputs) else "outdated"  # what it read has been made anew since

@@ -216,6 +216,8 @@ class _Harvest:
         """How many wait so."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._telling: asyncio.Task[None] | None = None
+        """A thread that tells whoever watches: the end is told after it."""
         self._error: BaseException | None = None
         self._ending = False
         self._smoke = _Smoke()
@@ -247,7 +249,8 @@ class _Harvest:
             beat.cancel()
             for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(beat, *self._tasks, return_exceptions=True)  # nobody asks for more of them: they have been ended
+            # nobody asks for what became of them: they have been ended
+            await asyncio.gather(beat, *self._tasks, *filter(None, [self._telling]), return_exceptions=True)
             self._ledger.sync()
             self._progress.end()
             self._watch(self._standing("ended"))
@@ -431,7 +434,7 @@ class _Harvest:
 
     def _keep(self, job: _Job, answer: Answer, latency_s: float) -> None:
         """Rows of what came, and another job for what did not."""
-        outage = self._circuit.open
+        outage, self._hopeless = self._circuit.open, False
         self._circuit.lives()
         found = answer.choices[: len(job.samples)]
         if not found:
@@ -503,15 +506,15 @@ class _Harvest:
             answered += row.status == "ok"
             waiting = self._asking.pop(row.key, ())
             self._waiting -= len(waiting)
-            before = job.prompt.before.get(sample) if job.prompt.before else None
-            if before is not None and row.status == "failed":
-                self._census.held(job.prompt, before, self._ledger.read)
-                self._left(job.prompt)
-            else:
-                rows.append((job.prompt, row))
-            for prompt, other in waiting:
-                rows.append((prompt, row.model_copy(update={"example_id": prompt.ask.example_id, "sample": other})))
             self._census.shared += len(waiting)
+            for prompt, place in [(job.prompt, sample), *waiting]:
+                before = prompt.before.get(place) if prompt.before else None
+                if before is not None and row.status == "failed":
+                    self._census.held(prompt, before, self._ledger.read)
+                    self._progress.had()
+                    self._left(prompt)
+                else:
+                    rows.append((prompt, row.model_copy(update={"example_id": prompt.ask.example_id, "sample": place}) if waiting else row))
         self._write(rows)
         self._answered += answered
         self._smoke.came(answered, came - answered)
@@ -561,7 +564,9 @@ class _Harvest:
                 self._progress.tick()
                 if time.monotonic() - watched >= WATCH_EVERY_S:
                     watched = time.monotonic()
-                    await asyncio.to_thread(self._watch, self._standing("ending" if self._ending else "running"))
+                    told = asyncio.to_thread(self._watch, self._standing("ending" if self._ending else "running"))
+                    self._telling = self._loop.create_task(told)
+                    await asyncio.shield(self._telling)
                 if self._circuit.left_s <= 0 and not self._hopeless:
                     self._lose_patience()
                 elif self._stopping():

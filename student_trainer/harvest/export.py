@@ -30,7 +30,8 @@ COLUMNS = {
 def export(stage: Path, to: Path) -> int:
     """Write the rows that count, one a sample, to `to`; whole or not at all. Returns their number.
 
-    Raises DataError without a ledger, SettingsError for a name that is taken or of another kind, and where `datasets` is not installed, StorageError while a harvest is at work.
+    Raises DataError without a ledger, SettingsError for a name that is taken or of another kind and where `datasets` is not installed,
+    StorageError while a harvest is at work.
     """
     if to.exists() or not to.name or to.suffix not in ("", ".parquet"):
         raise SettingsError(f"{to}: give a new name, that of a folder or one that ends in .parquet; what is there is not replaced")

@@ -16,7 +16,7 @@ from shared.datasets.stage import prepare, shots
 from shared.errors import HarvestTooThin
 from shared.harvest.ask import Ask
 from shared.harvest.budget import Budget, estimated_tokens
-from shared.harvest.ledger import AnswerLedger, kinds
+from shared.harvest.ledger import AnswerLedger, answer_files, kinds
 from shared.harvest.redaction import Redaction
 from shared.harvest.scheduler import Limits, harvest
 from shared.http.client import teacher_of
@@ -43,7 +43,8 @@ def run_stage(run: Run, *, teacher_url: str | None = None, retry: frozenset[str]
     recipe = run.recipe
     train = prepare(run)["train"]
     stage = run.stage(STAGE, inputs=["dataset"])
-    if stage.complete and not retry:
+    # segments beside it: what was asked again was cut short
+    if stage.complete and not retry and len(answer_files(stage.path)) == 1:
         print(f"{STAGE}: complete, nothing to do")
         return 0
     prompts = Prompts(run, train)

@@ -32,7 +32,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -362,60 +361,64 @@ def measure_faults(results: Results, *, prompts: int) -> None:
     print(f"{len(right ^ plagued)} of {len(right):,} rows differ; {counts.seconds:.1f} s from first call to last answer")
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A long harvest as it is seen from outside."""
+
+    answers: int = 0
+    seconds: float = 0.0
+    """By the teacher's clock."""
+    cpu_s: float = 0.0
+    """Of the harvester, with its start."""
+    rss_mb: float = 0.0
+
+
 def measure_memory(harvesters: Harvesters, results: Results, *, rows: int) -> None:
-    """RSS and rate over a long harvest, watched from outside."""
+    """RSS and pace over a long harvest, in tenths."""
     print(f"\n{rows:,} prompts from a generator, {IN_FLIGHT} in flight")
-    print_row("", "answered", "s", "req/s", "RSS MB")
-    seen = [(0, 0.0)]
-    most = 0.0
+    print_row("", "answers", "s", "req/s", "CPU ms/req", "RSS MB")
+    tenths, most = [Reading()], 0.0
     with mock_teacher("--delay-ms", "5") as mock, tempfile.TemporaryDirectory(dir=DISK) as folder:
         job = Job(
             url=mock.url, prompt=PROMPT, answer=_any_number(text_of(0, 0)), prompts=rows, folder=f"{folder}/ledger", in_flight=IN_FLIGHT
         )
         process = harvesters.start(OURS, job, Path(folder))
-        printed = 0
-        while process.poll() is None and seen[-1][0] < rows:
+        while process.poll() is None and len(tenths) <= 10:
             time.sleep(SAMPLE_EVERY_S)
             counts = Counts(**mock.counts())
-            rss_mb = rss(process.pid)
-            most = max(most, rss_mb or 0.0)
-            seen.append((counts.answered, counts.last_answer_at - counts.first_call_at))
-            if counts.answered >= printed + rows // 10:
-                printed = counts.answered
-                lately = rate_of(seen, counts.answered - rows // 10, counts.answered)
-                print_row("", f"{counts.answered:,}", f"{seen[-1][1]:,.0f}", shown(lately), shown(rss_mb))
+            now = reading(process.pid, counts)
+            most = max(most, now.rss_mb)
+            if now.answers >= len(tenths) * rows // 10:
+                per_s, cpu_ms = pace(tenths[-1], now)
+                print_row("", f"{now.answers:,}", f"{now.seconds:,.0f}", shown(per_s), shown(cpu_ms), shown(now.rss_mb))
+                tenths.append(now)
         outcome = finished(OURS, process)
-    tenth = rows // 10
-    slowdown = 1 - rate_of(seen, rows - tenth, rows) / rate_of(seen, 0, tenth)
+    (first_per_s, first_ms), (last_per_s, last_ms) = pace(tenths[0], tenths[1]), pace(tenths[-2], tenths[-1])
     results.values |= {
         "million_rows": rows,
         "million_rss_mb": most,
-        "million_slowdown": slowdown,
-        "million_per_s": rows / seen[-1][1],
+        "million_slowdown": 1 - last_per_s / first_per_s,
+        "million_cpu_growth": last_ms / first_ms - 1,
+        "million_per_s": tenths[-1].answers / tenths[-1].seconds,
         "million_lost": outcome.lost + outcome.duplicated,
     }
-    print(f"slower by {slowdown:.1%} from the first to the last {tenth:,}; RSS at most {most:.0f} MB; {outcome.lost} lost")
+    print(
+        f"from the first to the last tenth {1 - last_per_s / first_per_s:.1%} slower, with {last_ms / first_ms - 1:+.1%} of CPU a request;"
+    )
+    print(f"RSS at most {most:.0f} MB; {outcome.lost} lost, {outcome.duplicated} duplicated")
 
 
-def rate_of(seen: list[tuple[int, float]], first: int, last: int) -> float:
-    """Answers a second between two counts of answers, from readings (answers, seconds) in order."""
-
-    def at(answers: int) -> float:
-        for (before, since), (after, until) in pairwise(seen):
-            if before <= answers <= after and after > before:
-                return since + (until - since) * (answers - before) / (after - before)
-        return seen[-1][1]
-
-    return (last - first) / (at(last) - at(first))
+def pace(since: Reading, until: Reading) -> tuple[float, float]:
+    """Answers a second, and ms of CPU an answer: machines are shared, so that the second tells more of the harvester."""
+    answers = until.answers - since.answers
+    return answers / (until.seconds - since.seconds), (until.cpu_s - since.cpu_s) / answers * 1e3
 
 
-def rss(pid: int) -> float | None:
-    """MB; None once it has ended."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def reading(pid: int, counts: Counts) -> Reading:
+    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    cpu_s = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+    rss_mb = int(stat[21]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return Reading(counts.answered, counts.last_answer_at - counts.first_call_at, cpu_s, rss_mb)
 
 
 def in_turn(names: list[Any], i: int) -> list[Any]:
@@ -462,7 +465,7 @@ def summary(results: Results) -> dict[str, float | None]:
     }
     for name in ("kills", "kill_lost", "kill_duplicated", "kill_asked_again_most", "resume_first_call_s", "fault_rows_that_differ"):
         values[name] = results.values.get(name)
-    for name in ("million_rows", "million_rss_mb", "million_slowdown", "million_per_s", "million_lost"):
+    for name in ("million_rows", "million_rss_mb", "million_slowdown", "million_cpu_growth", "million_per_s", "million_lost"):
         values[name] = results.values.get(name)
     for name in (DISTILABEL, CURATOR):
         values |= {

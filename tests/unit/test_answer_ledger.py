@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from shared.contracts import FinishReason, Response
 from shared.errors import DataError, StorageError
-from shared.harvest.ledger import AnswerLedger, Held, answer_files
+from shared.harvest.ledger import AnswerLedger, Held, answer_files, kinds
 
 
 def key(number: int) -> str:
@@ -142,7 +142,7 @@ def test_of_several_lines_for_one_key_and_example_the_last_counts(tmp_path: Path
 # segments
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 3), max_size=8),
     segment_bytes=st.sampled_from([1, LINE - 1, LINE, LINE + 1, 3 * LINE, 2**20]),
@@ -209,7 +209,7 @@ def test_files_of_other_names_are_neither_read_nor_removed(tmp_path: Path, name:
 # crashes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(texts=st.lists(st.text(max_size=40), max_size=6), segment_bytes=st.sampled_from([LINE, 3 * LINE, 2**20]), data=st.data())
 def test_a_last_segment_cut_at_any_byte_opens_with_exactly_the_lines_before_the_cut(
     texts: list[str], segment_bytes: int, data: st.DataObject
@@ -455,3 +455,42 @@ def test_lines_can_be_made_durable_from_another_thread_while_segments_come_and_g
         thread.join()
     assert failures == []
     assert len(counting(tmp_path)) == 60
+
+
+# a look from outside
+
+
+def test_what_a_ledger_has_is_seen_while_another_writes_it_and_a_line_that_is_half_written_is_not(tmp_path: Path) -> None:
+    assert kinds(tmp_path) == {}
+    with AnswerLedger(tmp_path, segment_bytes=LINE) as ledger:
+        ledger.append([failed(0)])
+        ledger.append([row(1, finish_reason="length")])
+        ledger.append([row(0)])
+        with answer_files(tmp_path)[-1].open("ab") as file:
+            file.write(row(2).model_dump_json().encode())
+        assert kinds(tmp_path) == {(key(0), "e0"): "ok", (key(1), "e1"): "cut_off"}
+    with AnswerLedger(tmp_path) as ledger:
+        ledger.compact()
+    assert kinds(tmp_path) == {(key(0), "e0"): "ok", (key(1), "e1"): "cut_off"}
+
+
+def test_a_look_while_segments_become_one_file_sees_all_of_them(tmp_path: Path) -> None:
+    ended = threading.Event()
+    seen: list[int] = []
+
+    def look() -> None:
+        while not ended.is_set():
+            seen.append(len(kinds(tmp_path)))
+
+    with AnswerLedger(tmp_path, segment_bytes=LINE) as ledger:
+        ledger.append([row(number) for number in range(5)])
+    thread = threading.Thread(target=look)
+    thread.start()
+    for number in range(5, 9):
+        with AnswerLedger(tmp_path, segment_bytes=LINE) as ledger:
+            ledger.append([row(number)])
+            ledger.compact()
+    ended.set()
+    thread.join()
+    assert seen == sorted(seen)
+    assert min(seen) >= 5

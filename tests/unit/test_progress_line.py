@@ -22,7 +22,7 @@ UNKNOWN = "time left not known yet"
 
 def log(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Lines so far, without rates and times."""
-    return [re.sub(r"[0-9.]+/s, [0-9]+ s left", "RATE", line) for line in capsys.readouterr().err.splitlines()]
+    return [re.sub(r"[0-9.]+/s(, [0-9]+ s left)?", "RATE", line) for line in capsys.readouterr().err.splitlines()]
 
 
 def test_a_log_gets_a_line_at_the_start_and_one_at_the_end_and_none_in_between_in_a_short_time(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,14 +31,14 @@ def test_a_log_gets_a_line_at_the_start_and_one_at_the_end_and_none_in_between_i
         progress.step()
         progress.tick()
     progress.end()
-    assert log(capsys) == [f"harvest: 0/100 answers, 0.0/s, {UNKNOWN}", "harvest: 100/100 answers, RATE"]
+    assert log(capsys) == [f"harvest: 0/100 answers, RATE, {UNKNOWN}", "harvest: 100/100 answers, RATE"]
 
 
 def test_a_log_gets_a_line_when_its_time_has_come_whether_or_not_anything_was_done(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("harvest", 3, every_s=0.0, note=lambda: "waiting")
     progress.tick()
     progress.step()
-    assert log(capsys) == [f"harvest: 0/3 rows, 0.0/s, {UNKNOWN}, waiting"] * 2 + ["harvest: 1/3 rows, RATE, waiting"]
+    assert log(capsys) == [f"harvest: 0/3 rows, RATE, {UNKNOWN}, waiting"] * 2 + ["harvest: 1/3 rows, RATE, waiting"]
 
 
 def test_what_else_there_is_to_say_is_asked_for_when_a_line_is_written(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,10 +66,10 @@ def test_the_rate_speaks_of_this_command_alone(capsys: pytest.CaptureFixture[str
     progress = Progress("harvest", 1000, every_s=0.0)
     progress.had(900)
     progress.tick()
-    assert log(capsys)[-1] == f"harvest: 900/1000 rows, 0.0/s, {UNKNOWN}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"harvest: 900/1000 rows, 0.0/s, {UNKNOWN}"
     progress.had(100)
     progress.end()
-    assert log(capsys)[-1].startswith("harvest: 1000/1000 rows, 0.0/s")
+    assert capsys.readouterr().err == "harvest: 1000/1000 rows, 0.0/s\n"
 
 
 def test_a_stage_that_ends_early_says_how_far_it_came_and_one_that_did_nothing_more_says_nothing(
@@ -206,3 +206,34 @@ def test_another_thread_than_the_main_one_has_no_signals_and_no_crash() -> None:
     thread.start()
     thread.join()
     assert [asked() for asked in found] == [False]
+
+
+def test_a_terminal_that_goes_away_ends_a_stage_as_told_and_not_with_an_error() -> None:
+    """Where a terminal is closed its programs get SIGHUP, and writing to it fails from then on."""
+    program = """
+        import time
+        from shared.commands import Progress, interruptible
+
+        with interruptible() as asked:
+            progress = Progress("harvest", 100)
+            print("ready", flush=True)
+            while not asked():
+                time.sleep(0.3)
+                progress.step()
+            progress.end()
+        print("ended", flush=True)
+        """
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    ) as child:
+        os.close(theirs)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        os.close(ours)
+        child.send_signal(signal.SIGHUP)
+        assert child.stdout.read() == "ended\n"

@@ -170,7 +170,7 @@ def unreachable() -> Exception:
 # all of it, once
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     prompts=st.sampled_from([0, 1, 2, SMOKE - 1, SMOKE, SMOKE + 1, 2 * SMOKE + 1]),
     samples=st.integers(1, 3),
@@ -191,7 +191,7 @@ def test_every_sample_of_every_prompt_has_one_line_and_one_request_asks_for_all_
     assert teacher.peak <= concurrency
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(prompts=st.integers(0, 6), samples=st.integers(1, 5), data=st.data())
 def test_whatever_part_of_the_lines_is_there_already_the_rest_is_asked_for_once_and_the_lines_are_the_same(
     prompts: int, samples: int, data: st.DataObject
@@ -259,7 +259,7 @@ def test_one_added_row_asks_for_one_row(tmp_path: Path) -> None:
 # the same request for several examples
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     contents=st.lists(st.integers(0, 3), max_size=9),
     refusing=st.sets(st.integers(0, 3), max_size=1),
@@ -420,6 +420,14 @@ def test_a_cut_off_answer_that_is_asked_for_again_is_not_lost_when_it_is_refused
     assert (run(FakeTeacher(), asks_for(1, samples=1), tmp_path).answers) == 1
 
 
+def test_nor_is_that_of_an_example_that_waits_for_the_same_answer(tmp_path: Path) -> None:
+    cut = Answer((Completion(text="half of", finish_reason="length"),))
+    asks = [ask_for("a", "prompt 0", samples=1), ask_for("b", "prompt 0", samples=1)]
+    run(FakeTeacher(lambda r, i: cut), asks, tmp_path)
+    collected = run(FakeTeacher(among([0], refused)), asks, tmp_path, retry=frozenset({"cut_off"}))
+    assert (collected.answers, collected.failed) == (2, {})
+
+
 # a teacher that says: not now
 
 
@@ -439,7 +447,7 @@ def test_a_429_uses_up_no_attempts_and_loses_no_row(tmp_path: Path) -> None:
 
 
 def test_nothing_is_sent_inside_a_gate_whoever_was_told_of_it(tmp_path: Path) -> None:
-    gate_s, told_at, inside = 0.4, -math.inf, []
+    gate_s, told_at, inside = 0.5, -math.inf, list[float]()
 
     def hook(request: GenerationRequest, index: int) -> None:
         nonlocal told_at
@@ -454,7 +462,7 @@ def test_nothing_is_sent_inside_a_gate_whoever_was_told_of_it(tmp_path: Path) ->
     collected = run(FakeTeacher(hook), asks, tmp_path, limits=Limits(concurrency=16))
     assert lines(tmp_path) == expected(asks)
     assert collected.refused == len(inside) >= 2
-    assert max(inside) < 0.1  # on their way when the gate closed
+    assert max(inside) < gate_s / 2  # on their way when the gate closed
 
 
 def test_a_pause_that_comes_with_a_failure_holds_for_all_requests(tmp_path: Path) -> None:
@@ -570,6 +578,26 @@ def raised(error: Exception) -> Answer:
     raise error
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_goes_wrong_on_the_way_the_lines_are_those_of_a_harvest_without_faults(tmp_path: Path, seed: int) -> None:
+    drawn = random.Random(seed)
+
+    async def faulty(request: GenerationRequest, index: int) -> Answer | None:
+        await asyncio.sleep(drawn.uniform(0, 0.01))
+        fate = drawn.random()
+        if fate < 0.20:
+            raise drawn.choice([unreachable(), failed(), TeacherLate("late"), NotTheApi("<html>")])
+        if fate < 0.21:
+            raise TeacherBusy("HTTP 429", retry_after_s=0.05)
+        return completions(text_of(request, 0)) if fate < 0.3 else None
+
+    asks = asks_for(150, samples=2)
+    doubles = [ask_for(f"double {i}", f"prompt {i}", samples=2) for i in range(20)]
+    collected = run(FakeTeacher(faulty), [*asks, *doubles], tmp_path, limits=Limits(concurrency=16, max_attempts=30), segment_bytes=5000)
+    assert lines(tmp_path) == expected([*asks, *doubles])
+    assert (collected.missing, collected.failed, collected.shared) == (0, {}, 40)
+
+
 # errors that concern all
 
 
@@ -624,6 +652,17 @@ def test_a_garbled_answer_among_good_ones_is_asked_for_again(tmp_path: Path) -> 
             raise NotTheApi("<html>")
 
     asks = asks_for(60, samples=1)
+    run(FakeTeacher(garbled), asks, tmp_path, limits=Limits(concurrency=4))
+    assert lines(tmp_path) == expected(asks)
+
+
+def test_a_garbled_first_answer_is_no_wrong_url_if_others_are_right(tmp_path: Path) -> None:
+    async def garbled(request: GenerationRequest, index: int) -> None:
+        if index == 1:
+            raise NotTheApi("<html>")
+        await asyncio.sleep(0.05)
+
+    asks = asks_for(40, samples=1)
     run(FakeTeacher(garbled), asks, tmp_path, limits=Limits(concurrency=4))
     assert lines(tmp_path) == expected(asks)
 
@@ -835,7 +874,7 @@ def test_lines_are_durable_at_most_a_fifth_of_a_second_after_they_came(tmp_path:
     with CountingLedger(tmp_path) as ledger:
         run_into(ledger, FakeTeacher(steady), asks_for(400, samples=1))
         assert ledger.durable == 400
-        assert ledger.behind_s < 0.2 + 0.2  # the second is what a busy machine may add
+        assert ledger.behind_s < 0.2 + 0.4  # the second is what a busy machine may add
 
 
 def test_a_ledger_that_cannot_be_made_durable_ends_the_harvest(tmp_path: Path) -> None:
@@ -857,13 +896,28 @@ def test_who_watches_sees_the_end(tmp_path: Path) -> None:
     assert (seen[-1].state, seen[-1].answers, seen[-1].wanted, seen[-1].in_flight) == ("ended", 15, 15, 0)
 
 
+def test_who_watches_is_told_one_thing_at_a_time_and_the_end_last(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def slow_watch(standing: Standing) -> None:
+        told.append(f"{standing.state} begins")
+        time.sleep(0.3 if standing.state == "running" else 0)
+        told.append(f"{standing.state} is told")
+
+    async def slow(request: GenerationRequest, index: int) -> None:
+        await asyncio.sleep(0.2)  # the first news are being told when the last answer comes
+
+    run(FakeTeacher(slow), asks_for(1), tmp_path, watch=slow_watch)
+    assert told == ["running begins", "running is told", "ended begins", "ended is told"]
+
+
 # what it may cost
 
 PRICE = PriceSettings(input_per_million=1.0, output_per_million=10.0)
 FATES = ["told", "not told", "failed", "late", "refused"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     prompts=st.integers(1, 30),
     cap=st.integers(1, 40),
@@ -884,7 +938,7 @@ def test_a_cap_on_requests_is_reached_and_not_passed_and_another_command_goes_on
             assert budget.account.requests == asked
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     prompts=st.integers(1, 30),
     cap=st.floats(0.0001, 0.006),
@@ -1015,7 +1069,7 @@ def test_a_harvest_that_is_killed_again_and_again_ends_with_the_same_lines_and_r
     folder, asked, asks = tmp_path / "ledger", tmp_path / "asked", asks_for(150)
     kills, chance = 0, random.Random(5)
     for _ in range(40):
-        target = held(folder) + chance.randrange(60, 160)
+        target = held(folder) + chance.randrange(100, 200)
         child = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(CHILD), folder, asked],
             env={**os.environ, "PYTHONPATH": os.getcwd()},
