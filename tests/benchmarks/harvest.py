@@ -1,9 +1,9 @@
 """What the harvester makes of a teacher's time: beside a bare loop over aiohttp and, if there, its neighbours, in one run.
 
-    python tests/benchmarks/harvest.py                    # eight minutes
+    python tests/benchmarks/harvest.py                    # seven minutes
     python tests/benchmarks/harvest.py --quick            # under a minute: one round, few kills
-    python tests/benchmarks/harvest.py --peers            # sets distilabel and curator up in a cache folder first, once; half an hour
-    python tests/benchmarks/harvest.py --rows 1000000     # memory and rate over a million prompts as well: a quarter of an hour more
+    python tests/benchmarks/harvest.py --peers            # sets distilabel and curator up in a cache folder first, once; a quarter of an hour
+    python tests/benchmarks/harvest.py --rows 1000000     # memory and rate over a million prompts as well: ten minutes more
 
 The teacher is mock_teacher.py on the loopback, each harvest a process of its own (harvesters.py) with a fresh mock; all of them share the
 machine's cores. Ledgers are on the disk of /var/tmp. Systems take turns within each round, and what is compared is the median over rounds
@@ -285,15 +285,15 @@ def measure_rate(harvesters: Harvesters, results: Results, *, rounds: int) -> No
         print_row(name, *map(shown, numbers))
 
 
-def measure_limited(harvesters: Harvesters, results: Results, *, rounds: int, capacities: tuple[int, ...]) -> None:
-    print(f"\n{PER_S} requests/s, then 429 with Retry-After 2 s; {LIMITED_PROMPTS} prompts: ideal {LIMITED_PROMPTS / PER_S:g} s")
+def measure_limited(harvesters: Harvesters, results: Results, *, rounds: int, capacities: tuple[int, ...], prompts: int) -> None:
+    print(f"\n{PER_S} requests/s, then 429 with Retry-After 2 s; {prompts} prompts: ideal {prompts / PER_S:g} s")
     print_row("", "s", "of allowed", "calls", "wasted", "in gate", "lost")
     names = [name for name in harvesters.names if name not in (BARE, COMMAND)]
     for capacity in capacities:
         cases = [(told, name) for told in (True, False) for name in names if not (told and name == DISTILABEL)]
         for i in range(rounds):
             for told, name in in_turn(cases, i):
-                found = harvesters.run(name, "--per-s", str(PER_S), "--capacity", str(capacity), prompts=LIMITED_PROMPTS, told=told)
+                found = harvesters.run(name, "--per-s", str(PER_S), "--capacity", str(capacity), prompts=prompts, told=told)
                 results.limited.setdefault((capacity, told, name), []).append(found)
         for told, name in cases:
             runs = results.limited[capacity, told, name]
@@ -493,7 +493,10 @@ def measure(*, quick: bool, peers: dict[str, Path], rows: int | None) -> None:
     print(f"machine: {os.cpu_count()} cores, {processor()}, Python {platform.python_version()}; teacher and harvester share them")
     harvesters, results = Harvesters(peers), Results()
     measure_rate(harvesters, results, rounds=1 if quick else 5)
-    measure_limited(harvesters, results, rounds=1 if quick else 3, capacities=CAPACITIES[:1] if quick else CAPACITIES)
+    if quick:
+        measure_limited(harvesters, results, rounds=1, capacities=CAPACITIES[:1], prompts=LIMITED_PROMPTS // 2)
+    else:
+        measure_limited(harvesters, results, rounds=3, capacities=CAPACITIES, prompts=LIMITED_PROMPTS)
     measure_kills(results, kills=6 if quick else 50, prompts=300 if quick else PROMPTS)
     measure_faults(results, prompts=300 if quick else PROMPTS)
     measure_resume(harvesters, results)
@@ -513,6 +516,8 @@ def main() -> int:
     parser.add_argument("--peers", action="store_true", help="set the neighbours up in a cache folder, once, and measure them as well")
     parser.add_argument("--rows", type=int, metavar="N", help="also harvest N prompts from a generator and watch memory and rate")
     args = parser.parse_args()
+    if args.quick and args.peers:
+        parser.error("--peers takes its time: leave --quick out")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once: children must be ended
     try:
         measure(quick=args.quick, peers={name: made_peer(peer) for name, peer in PEERS.items()} if args.peers else {}, rows=args.rows)

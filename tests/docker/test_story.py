@@ -186,7 +186,7 @@ def test_another_user_goes_on_with_the_volumes_of_the_first(served: Project) -> 
 
 def until_trained(project: Project, steps: int) -> None:
     """Wait until the trainer has logged so many steps."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     script = "cat /volume/default/checkpoints/log.jsonl 2>/dev/null | wc -l"
     while int(project.in_volume("runs", script)) < steps:
         assert time.monotonic() < deadline
