@@ -20,7 +20,7 @@ SPREAD, BURST_S = 0.6, 0.003
 that they may be. What is sent at once comes back at once, for ever, and nothing is in flight while it is dealt with."""
 BEHIND_S = 0.02
 """Requests that are due by the rate may follow each other at once if they are no later than this."""
-SEARCH = 2.0
+SEARCH = 1.5
 """Growth a second of a rate that was never seen to be too much, after the first 429."""
 RETURN, CREEP = 1.05, 1.002
 """Growth a second of a rate after it was too much: back to a little less than it was then, and beyond."""
@@ -107,7 +107,7 @@ class Pace:
         now = self._clock()
         self.in_flight -= 1
         self._gates = 0
-        self._accepted += 1
+        self._accepted += self._since is not None and sent_at >= self._since  # else it was counted when it was in flight
         latency = now - sent_at
         self._latency = latency if not self._latency else 0.9 * self._latency + 0.1 * latency
         if self._latency > self._timeout / 2 or sent_at < self._cut_at:
@@ -165,6 +165,7 @@ class Pace:
             return
         if self._accepted < FEW and self._rate is not None:
             return
+        self._accepted += self.in_flight  # most of them are on their way to an answer
         elapsed = max(now - self._since, 1e-3)
         if self._rate is None:
             # as many as it took, in the time it wants to be left alone

@@ -1,8 +1,8 @@
 """What the harvester makes of a teacher's time: beside a bare loop over aiohttp and, if there, its neighbours, in one run.
 
     python tests/benchmarks/harvest.py                    # seven minutes
-    python tests/benchmarks/harvest.py --quick            # under a minute: one round, few kills
-    python tests/benchmarks/harvest.py --peers            # sets distilabel and curator up in a cache folder first, once; a quarter of an hour
+    python tests/benchmarks/harvest.py --quick            # within a minute: two rounds, few kills
+    python tests/benchmarks/harvest.py --peers            # sets distilabel and curator up in a cache folder first, once; 15 minutes
     python tests/benchmarks/harvest.py --rows 1000000     # memory and rate over a million prompts as well: ten minutes more
 
 The teacher is mock_teacher.py on the loopback, each harvest a process of its own (harvesters.py) with a fresh mock; all of them share the
@@ -492,7 +492,7 @@ def measure(*, quick: bool, peers: dict[str, Path], rows: int | None) -> None:
     began, busy = time.monotonic(), busy_s()
     print(f"machine: {os.cpu_count()} cores, {processor()}, Python {platform.python_version()}; teacher and harvester share them")
     harvesters, results = Harvesters(peers), Results()
-    measure_rate(harvesters, results, rounds=1 if quick else 5)
+    measure_rate(harvesters, results, rounds=2 if quick else 5)
     if quick:
         measure_limited(harvesters, results, rounds=1, capacities=CAPACITIES[:1], prompts=LIMITED_PROMPTS // 2)
     else:
@@ -512,7 +512,7 @@ def measure(*, quick: bool, peers: dict[str, Path], rows: int | None) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under a minute: one round, a few kills, one bucket")
+    parser.add_argument("--quick", action="store_true", help="within a minute: two rounds, a few kills, one bucket")
     parser.add_argument("--peers", action="store_true", help="set the neighbours up in a cache folder, once, and measure them as well")
     parser.add_argument("--rows", type=int, metavar="N", help="also harvest N prompts from a generator and watch memory and rate")
     args = parser.parse_args()

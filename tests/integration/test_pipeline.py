@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from teachers import count_lines, lines
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
 STAGES = ["dataset", "responses/teacher", "responses/student-r0", "triplets/r0", "checkpoints", "model", "evaluation"]
@@ -136,26 +137,25 @@ def test_a_run_directory_refuses_other_settings_and_shows_the_difference(finishe
 def test_a_run_killed_in_harvest_and_in_training_finishes_with_the_same_triplets(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     arguments = command("run", "--recipe", str(RECIPE), "--out", str(out), "--no-serve")
-    ledger = out / "responses" / "teacher" / "responses.jsonl"
 
-    slow = {**os.environ, "TEACHER_DELAY_S": "0.1"}
+    slow = {**os.environ, "TEACHER_DELAY_S": "0.3"}
     process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, env=slow)
-    wait_for(lambda: ledger.exists() and ledger.read_bytes().count(b"\n") >= 12, process)
+    wait_for(lambda: count_lines(out) >= 12, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "responses" / "teacher" / "manifest.json").exists(), "killed too late to show anything"
-    kept = ledger.read_bytes().count(b"\n")
+    kept = count_lines(out)
 
     process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL)
     wait_for(lambda: any((out / "checkpoints").glob("checkpoint-*")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "checkpoints" / "manifest.json").exists(), "killed too late to show anything"
-    assert ledger.read_bytes().count(b"\n") > kept
+    assert count_lines(out) > kept
 
     done = run_smoke(out)
     assert done.returncode == 0, done.stdout + done.stderr
-    keys = [json.loads(line)["key"] for line in ledger.read_text().splitlines()]
+    keys = [key for key, *_ in lines(out)]
     assert len(keys) == len(set(keys)) == 48 * 4
     name = "triplets/r0/triplets.jsonl"
     assert (out / name).read_bytes() == (finished / name).read_bytes()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from teachers import count_lines
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
 TOLD = "told to end; everything done so far is kept"
@@ -84,10 +85,6 @@ def told_to_end(process: subprocess.Popen[str]) -> str:
     return said
 
 
-def lines(file: Path) -> int:
-    return file.read_bytes().count(b"\n") if file.exists() else 0
-
-
 def running(out: Path) -> dict[int, str]:
     """Our processes that have a run directory in their command line, by pid."""
     found = {}
@@ -122,16 +119,15 @@ def alive(pid: int) -> bool:
 
 
 def test_a_harvest_ends_and_keeps_its_answers(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
-    teacher = start(*distill("teacher", "--no-auth", "--recipe", str(RECIPE), "--port", "0"), TEACHER_DELAY_S="0.1")
+    teacher = start(*distill("teacher", "--no-auth", "--recipe", str(RECIPE), "--port", "0"), TEACHER_DELAY_S="0.3")
     assert teacher.stdout is not None
     url = teacher.stdout.readline().split()[-1]
-    ledger = tmp_path / "run" / "responses" / "teacher" / "responses.jsonl"
     process = start(*distill("harvest", *shared(tmp_path / "run"), "--teacher-url", url))
-    wait_for(lambda: lines(ledger) >= 12)
+    wait_for(lambda: count_lines(tmp_path / "run") >= 12)
     said = told_to_end(process)
     assert f"distill harvest: {TOLD}" in said
     assert "Traceback" not in said
-    assert 12 <= lines(ledger) < 48 * 4
+    assert 12 <= count_lines(tmp_path / "run") < 48 * 4
 
 
 @pytest.mark.parametrize("moment_s", [0.0, 0.3, 0.6, 1.0, 2.0])
@@ -152,8 +148,7 @@ def test_a_run_ends_with_its_stage_and_its_teacher(
     out = tmp_path / "run"
     delay = "0.2" if moment == "harvest" else "0"
     process = start(*distill("run", *shared(out), "--no-serve"), TEACHER_DELAY_S=delay)
-    ledger = out / "responses" / "teacher" / "responses.jsonl"
-    reached = (lambda: lines(ledger) >= 4) if moment == "harvest" else (lambda: any((out / "checkpoints").glob("checkpoint-*")))
+    reached = (lambda: count_lines(out) >= 4) if moment == "harvest" else (lambda: any((out / "checkpoints").glob("checkpoint-*")))
     wait_for(reached)
     others = children(process.pid)
     assert len(others) == 2, others  # the stage and the teacher
