@@ -230,10 +230,17 @@ def test_a_certificate_that_is_not_trusted_ends_the_harvest_at_once_with_the_rem
     assert harvest(file, out) == 0
 
 
-def test_a_dead_teacher_is_waited_for_aloud_and_then_the_way_to_go_on_is_told(tmp_path: Path, teacher: Teacher, out: Path) -> None:
+def test_a_dead_teacher_is_waited_for_aloud_and_then_the_way_to_go_on_is_told(
+    tmp_path: Path, teacher: Teacher, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher.answer = lambda body: usual(body) if len(teacher.bodies) <= 20 else refusing(503, "asleep")(body)
     file = recipe(tmp_path, teacher.url, prompts=100)
-    with child(file, out, "--set", "teacher.patience_s=2") as process:
+    with child(file, out, "--set", "teacher.patience_s=4") as process:
+        wait_for_lines(out, 30, process)
+        while "has not answered for" not in (told := status(out, capsys)):
+            assert process.poll() is None
+            time.sleep(0.1)
+        assert "giving up in" in told
         _, said = process.communicate(timeout=30)
         assert process.returncode == TeacherError.exit_code
     for part in ("503", "asleep", "has not answered for", f"distill harvest --recipe {file} --out {out}"):
