@@ -1,9 +1,9 @@
 """What the harvester makes of a teacher's time: beside a bare loop over aiohttp and, if there, its neighbours, in one run.
 
-    python tests/benchmarks/harvest.py                    # seven minutes
+    python tests/benchmarks/harvest.py                    # four minutes
     python tests/benchmarks/harvest.py --quick            # within a minute: two rounds, few kills
-    python tests/benchmarks/harvest.py --peers            # sets distilabel and curator up in a cache folder first, once; 15 minutes
-    python tests/benchmarks/harvest.py --rows 1000000     # memory and rate over a million prompts as well: ten minutes more
+    python tests/benchmarks/harvest.py --peers            # sets distilabel and curator up in a cache folder first, once; 12 minutes
+    python tests/benchmarks/harvest.py --rows 1000000     # memory and rate over a million prompts as well: 10 minutes more
 
 The teacher is mock_teacher.py on the loopback, each harvest a process of its own (harvesters.py) with a fresh mock; all of them share the
 machine's cores. Ledgers are on the disk of /var/tmp. Systems take turns within each round, and what is compared is the median over rounds
@@ -69,6 +69,7 @@ EXPECTED: dict[str, str] = {
     "wasted_calls_untold": "0.08",
     "kill_asked_again_most": "up to 64",
     "resume_first_call_s": "2",
+    "resume_first_call_one_sample_s": "3",
     "million_rss_mb": "150",
     "million_slowdown": "0.03",
     "distilabel_per_s": "60",
@@ -90,6 +91,7 @@ TARGETS = {
     "kill_duplicated": Target("none", lambda value: value == 0),
     "kill_asked_again_most": Target(f"at most {IN_FLIGHT}, those in flight", lambda value: value <= IN_FLIGHT),
     "resume_first_call_s": Target("at most 3", lambda value: value <= 3),
+    "resume_first_call_one_sample_s": Target("at most 3", lambda value: value <= 3),
     "fault_rows_that_differ": Target("none", lambda value: value == 0),
     "million_rss_mb": Target("at most 300", lambda value: value <= 300),
     "million_slowdown": Target("at most 0.1", lambda value: value <= 0.1),
@@ -171,7 +173,7 @@ class Harvesters:
         self._python = {BARE: Path(sys.executable), OURS: Path(sys.executable), **peers}
         self.names = [BARE, OURS, COMMAND, *peers]
 
-    def run(self, name: str, *teacher: str, prompts: int, told: bool = False, held: int = 0) -> Harvested:
+    def run(self, name: str, *teacher: str, prompts: int, told: bool = False, held: int = 0, samples: int = 1) -> Harvested:
         """Raises Failed with what it said if it fails."""
         with mock_teacher("--delay-ms", str(DELAY_MS), *teacher) as mock, tempfile.TemporaryDirectory(dir=DISK) as folder:
             rate = PER_S * 60 if told else None
@@ -187,6 +189,7 @@ class Harvesters:
                     in_flight=IN_FLIGHT,
                     requests_per_minute=rate,
                     held=held,
+                    samples=samples,
                 )
                 outcome = self._asked(name, job, Path(folder))
             counts = Counts(**mock.counts())
@@ -340,10 +343,13 @@ def measure_kills(results: Results, *, kills: int, prompts: int) -> None:
 
 
 def measure_resume(harvesters: Harvesters, results: Results) -> None:
-    found = harvesters.run(OURS, prompts=IN_FLIGHT, held=HELD)
-    first_s = found.counts.first_call_at - found.outcome.began_at
-    results.values |= {"resume_first_call_s": first_s, "resume_calls": found.counts.calls, "resume_lost": found.outcome.lost}
-    print(f"\nagain with {HELD:,} rows held and {IN_FLIGHT} missing: first call after {first_s:.2f} s, {found.counts.calls} calls")
+    print(f"\nagain with {HELD:,} rows held and {IN_FLIGHT} prompts missing")
+    for samples, name in ((4, "resume_first_call_s"), (1, "resume_first_call_one_sample_s")):
+        found = harvesters.run(OURS, prompts=IN_FLIGHT, held=HELD // samples, samples=samples)
+        first_s = found.counts.first_call_at - found.outcome.began_at
+        results.values[name] = first_s
+        results.values["resume_lost"] = results.values.get("resume_lost", 0) + found.outcome.lost
+        print(f"  of {samples} a prompt: first call after {first_s:.2f} s, {found.counts.calls} calls")
 
 
 def measure_faults(results: Results, *, prompts: int) -> None:
@@ -463,7 +469,8 @@ def summary(results: Results) -> dict[str, float | None]:
         "calls_inside_gate": sum(one.counts.inside_gate for one in mine),
         "lost": sum(one.outcome.lost + one.outcome.duplicated for one in mine) + (results.values.get("resume_lost") or 0),
     }
-    for name in ("kills", "kill_lost", "kill_duplicated", "kill_asked_again_most", "resume_first_call_s", "fault_rows_that_differ"):
+    resumed = ("resume_first_call_s", "resume_first_call_one_sample_s")
+    for name in ("kills", "kill_lost", "kill_duplicated", "kill_asked_again_most", *resumed, "fault_rows_that_differ"):
         values[name] = results.values.get(name)
     for name in ("million_rows", "million_rss_mb", "million_slowdown", "million_cpu_growth", "million_per_s", "million_lost"):
         values[name] = results.values.get(name)

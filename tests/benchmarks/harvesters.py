@@ -3,7 +3,8 @@
     echo '{"url": "http://127.0.0.1:8000/v1", "prompt": "#{}: ...", "answer": "...", "prompts": 400, ...}' | python harvesters.py bare
 
 reads one `Job` from standard input and prints one `Outcome` as its last line, both JSON. It is run by each harvester's own Python, so it
-imports nothing but the standard library before that harvester. Everyone is asked for the same: chat, one sample, 64 tokens.
+imports nothing but the standard library before that harvester. Everyone is asked for the same: chat, 64 tokens, one sample (ours, to go
+on where it stopped, also four).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Job:
     """What the teacher allows, if the harvester is told."""
     held: int = 0
     """Ours: prompts whose answers are in the ledger before it starts."""
+    samples: int = 1
+    """Ours: answers a prompt."""
 
     def texts(self) -> list[str]:
         return [self.prompt.format(number) for number in range(self.prompts)]
@@ -109,14 +112,15 @@ def ours(job: Job) -> Outcome:
 
     def asks() -> Iterator[Ask]:
         for number in range(job.held + job.prompts):
-            request = GenerationRequest(messages=(Message(role="user", content=job.prompt.format(number)),), sampling=sampling)
+            messages = (Message(role="user", content=job.prompt.format(number)),)
+            request = GenerationRequest(messages=messages, n=job.samples, sampling=sampling)
             yield Ask(str(number), request, identity=job.url, model=MODEL)
 
-    def held(number: int, ask: Ask) -> Response:
+    def held(number: int, sample: int, ask: Ask) -> Response:
         return Response(
-            key=ask.key(0),
+            key=ask.key(sample),
             example_id=ask.example_id,
-            sample=0,
+            sample=sample,
             status="ok",
             text=job.answer.format(number),
             finish_reason="stop",
@@ -131,7 +135,7 @@ def ours(job: Job) -> Outcome:
         limits = Limits(concurrency=job.in_flight, requests_per_minute=job.requests_per_minute)
         try:
             with AnswerLedger(Path(job.folder)) as ledger:
-                await harvest(teacher, asks(), ledger, limits=limits, total=job.held + job.prompts)
+                await harvest(teacher, asks(), ledger, limits=limits, total=(job.held + job.prompts) * job.samples)
                 ledger.compact()
         finally:
             await teacher.aclose()
@@ -142,7 +146,8 @@ def ours(job: Job) -> Outcome:
 
     if job.held:
         with AnswerLedger(Path(job.folder)) as ledger:
-            ledger.append([held(number, ask) for number, ask in zip(range(job.held), asks(), strict=False)])
+            of_prompts = zip(range(job.held), asks(), strict=False)
+            ledger.append([held(number, sample, ask) for number, ask in of_prompts for sample in range(job.samples)])
     outcome = measured(job, work)
     found = bytearray(job.held + job.prompts)  # not the rows: there may be a million
     more = 0
@@ -150,9 +155,10 @@ def ours(job: Job) -> Outcome:
         for line in file:
             row = Response.model_validate_json(line)
             number = int(row.example_id)
-            more += found[number]
-            found[number] = row.status == "ok" and row.text == job.answer.format(number)
-    return replace(outcome, lost=found.count(0), duplicated=more)
+            right = row.status == "ok" and (row.sample > 0 or row.text == job.answer.format(number))
+            more += found[number] == job.samples
+            found[number] += right and found[number] < job.samples
+    return replace(outcome, lost=len(found) - found.count(job.samples), duplicated=more)
 
 
 def distilabel(job: Job) -> Outcome:
