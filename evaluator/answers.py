@@ -16,9 +16,9 @@ from shared.contracts import Completion, Example, GenerationRequest, Prediction,
 from shared.errors import DataError, FailureClass, HarvestTooThin
 from shared.harvest.ask import Ask
 from shared.harvest.ledger import AnswerLedger
-from shared.harvest.redaction import Redaction
 from shared.harvest.scheduler import Limits, harvest
 from shared.harvest.teacher import Answer, Teacher
+from shared.redact import Redaction
 
 RETRIED = frozenset(get_args(FailureClass))
 """All that failed before is asked again: a teacher scored on what it was not heard to say is easy to beat."""
@@ -62,9 +62,6 @@ class LazyTeacher:
 
     def rendered(self, request: GenerationRequest) -> str:
         return self._teacher.rendered(request)
-
-    async def check(self) -> None:
-        await self._teacher.check()
 
     async def aclose(self) -> None:
         if "_teacher" in self.__dict__:

@@ -1,4 +1,4 @@
-"""Collecting the answers of a model in this process into a ledger, in chunks, and the census of a collection.
+"""Rows of a collection and its census, and the collecting of answers of a model in this process, in chunks.
 
 Only what the ledger does not hold yet is asked for, so that a run that was cut short ends with the same lines as one that was not.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from shared.artifacts import Ledger, now
 from shared.commands import Progress
 from shared.contracts import Completion, GenerationRequest, Response
 from shared.harvest.ask import Ask
+from shared.harvest.teacher import Refusal
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,34 @@ class Collected:
         }
 
 
+TOO_LONG = Refusal("too_long", "the prompt and its answer exceed the model's context")
+
+
+def row_of(ask: Ask, key: str, sample: int, choice: Completion | Refusal, *, latency_s: float, attempts: int) -> Response:
+    """The ledger line of a sample; `key`: its own. An answer of blanks alone is a failed row."""
+    if isinstance(choice, Completion) and not choice.text.strip():
+        choice = Refusal("empty", "nothing but blanks")
+    completion = choice if isinstance(choice, Completion) else None
+    return Response(
+        key=key,
+        example_id=ask.example_id,
+        sample=sample,
+        status="ok" if completion else "failed",
+        text=_whole(completion.text) if completion else "",
+        finish_reason=completion.finish_reason if completion else None,
+        reason=_whole(choice.reason) if isinstance(choice, Refusal) else None,
+        model=ask.model,
+        latency_s=round(latency_s, 4),
+        attempts=attempts,
+        received_at=now(),
+    )
+
+
+def _whole(text: str) -> str:
+    """JSON can name half a character, a file cannot hold it."""
+    return text.encode(errors="replace").decode()
+
+
 class OfflineModel(Protocol):
     """A model in this process that answers a batch at once, alike for the same batch and seed."""
 
@@ -94,7 +123,7 @@ class OfflineModel(Protocol):
 def answers(asks: Sequence[Ask], ledger: Ledger[Response]) -> list[list[Response]]:
     """The rows of each ask, ok and failed, by sample index; of several rows for one sample the last. Absent samples are left out."""
     rows = {_name(row): row for row in ledger.rows()}
-    return [[rows[name] for sample in range(ask.request.n) if (name := (ask.key(sample), ask.example_id)) in rows] for ask in asks]
+    return [[rows[name] for key in ask.sample_keys() if (name := (key, ask.example_id)) in rows] for ask in asks]
 
 
 def answer_offline(
@@ -111,12 +140,12 @@ def answer_offline(
     ordered = sorted(asks, key=lambda ask: (_prompt_chars(ask.request), ask.key(0)))
     held = {_name(row) for row in ledger.rows()}
     wanted = sum(ask.request.n for ask in asks)
-    todo = sum(len(samples) for ask in asks for samples in _missing(ask, held))
+    todo = sum(len(_missing(ask, held)) for ask in asks)
     progress = Progress(what, wanted, unit="answers", done=wanted - todo)
     requests = 0
     for number, first in enumerate(range(0, len(ordered), chunk)):
         batch = ordered[first : first + chunk]
-        if not any(True for ask in batch for _ in _missing(ask, held)):
+        if not any(_missing(ask, held) for ask in batch):
             continue
         asked_at = time.monotonic()
         fitting = [ask for ask in batch if model.fits(ask.request)]
@@ -124,16 +153,11 @@ def answer_offline(
         latency, requests = time.monotonic() - asked_at, requests + 1
         completions = dict(zip((ask.key(0) for ask in fitting), found, strict=True))
         for ask in batch:
-            for samples in _missing(ask, held):
-                for sample in samples:
-                    if ask.key(0) in completions:
-                        row = _row(ask, sample, completions[ask.key(0)][sample], latency_s=latency, attempts=1)
-                    else:
-                        row = _failed(
-                            ask, sample, "too_long: the prompt and its answer exceed the model's context", latency_s=0.0, attempts=1
-                        )
-                    ledger.append(row)
-                    progress.step()
+            for sample in _missing(ask, held):
+                made = completions.get(ask.key(0))
+                row = row_of(ask, ask.key(sample), sample, made[sample] if made else TOO_LONG, latency_s=latency, attempts=1)
+                ledger.append(row)
+                progress.step()
         ledger.sync()
     return _census(asks, ledger, requests=requests, seconds=time.monotonic() - started, collected=todo)
 
@@ -143,47 +167,9 @@ def _name(row: Response) -> tuple[str, str]:
     return row.key, row.example_id
 
 
-def _missing(ask: Ask, held: set[tuple[str, str]]) -> Iterator[range]:
-    """The samples of an ask that are not held, as runs of consecutive ones."""
-    first = None
-    for sample in range(ask.request.n + 1):
-        absent = sample < ask.request.n and (ask.key(sample), ask.example_id) not in held
-        if absent and first is None:
-            first = sample
-        elif not absent and first is not None:
-            yield range(first, sample)
-            first = None
-
-
-def _row(ask: Ask, sample: int, completion: Completion, *, latency_s: float, attempts: int) -> Response:
-    if not completion.text.strip():
-        return _failed(ask, sample, "empty: nothing but blanks", latency_s=latency_s, attempts=attempts)
-    return Response(
-        key=ask.key(sample),
-        example_id=ask.example_id,
-        sample=sample,
-        status="ok",
-        text=completion.text.encode(errors="replace").decode(),  # JSON can name half a character, a file cannot hold it
-        finish_reason=completion.finish_reason,
-        model=ask.model,
-        latency_s=round(latency_s, 4),
-        attempts=attempts,
-        received_at=now(),
-    )
-
-
-def _failed(ask: Ask, sample: int, reason: str, *, latency_s: float, attempts: int) -> Response:
-    return Response(
-        key=ask.key(sample),
-        example_id=ask.example_id,
-        sample=sample,
-        status="failed",
-        reason=reason,
-        model=ask.model,
-        latency_s=round(latency_s, 4),
-        attempts=attempts,
-        received_at=now(),
-    )
+def _missing(ask: Ask, held: set[tuple[str, str]]) -> list[int]:
+    """The samples of an ask that are not held."""
+    return [sample for sample, key in enumerate(ask.sample_keys()) if (key, ask.example_id) not in held]
 
 
 def _census(asks: Sequence[Ask], ledger: Ledger[Response], *, requests: int, seconds: float, collected: int) -> Collected:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
 from typing import assert_never
 
+from shared.contracts import Example
 from shared.errors import SettingsError
 from shared.settings import RedactKind
 
@@ -93,6 +94,30 @@ class Redactor:
                     text = _replace(text, spans, f"[{kind.upper()}]")
                     counts[kind] += len(spans)
         return text, counts
+
+
+class Redaction:
+    """Takes out of examples what `kinds` names, and counts it; with None nothing is done and no library needed.
+
+    Raises SettingsError for an unknown region, and where a library is missing.
+    """
+
+    def __init__(self, kinds: Sequence[RedactKind] | None, *, region: str = "US") -> None:
+        self.counts: Counter[str] = Counter()
+        """Hits so far, by kind."""
+        self._redactor = None if kinds is None else Redactor(kinds, region=region)
+
+    def of(self, example: Example) -> Example:
+        """The example with placeholders in its texts."""
+        if self._redactor is None:
+            return example
+        question, found = self._redactor(example.question)
+        summary = example.summary
+        if summary is not None:
+            summary, more = self._redactor(summary)
+            found += more
+        self.counts += found
+        return example.model_copy(update={"question": question, "summary": summary})
 
 
 def _replace(text: str, spans: list[tuple[int, int]], placeholder: str) -> str:

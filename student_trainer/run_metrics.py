@@ -178,6 +178,11 @@ class Answers:
             self._failed.pop((row.key, row.example_id), None)
             self.answered += 1
 
+    @property
+    def rows(self) -> int:
+        """Whole lines."""
+        return sum(segment.count for segment in self._segments.values())
+
     def failed(self) -> Counter[str]:
         return Counter(self._failed.values())
 
@@ -255,9 +260,13 @@ class _Scrape:
         manifests: dict[str, Manifest] = {}
         for stage in STAGES:
             with self.reading():
-                files = sorted((folder / stage).glob("*.jsonl"))
-                if files:
-                    self.add("distill_stage_rows", sum(self._rows(file).count for file in files), run, stage)
+                if stage == TEACHER_LEDGER:
+                    ledger = self._ledger(folder / stage)
+                    rows = ledger.rows if ledger else None
+                else:
+                    files = sorted((folder / stage).glob("*.jsonl"))
+                    rows = sum(self._rows(file).count for file in files) if files else None
+                self.add("distill_stage_rows", rows, run, stage)
             with self.reading():
                 manifest = stage_manifest(folder, stage)
                 if manifest:
@@ -274,10 +283,7 @@ class _Scrape:
             self.add("distill_harvest_prompts", prompts.count, run)
             if recipe:
                 self.add("distill_harvest_wanted_answers", prompts.count * recipe.harvest.samples, run)
-        if answer_files(folder / TEACHER_LEDGER):
-            where = folder / TEACHER_LEDGER
-            ledger = self.ledgers[where] = self._ledgers_before.get(where) or Answers(where)
-            ledger.look()
+        if ledger := self._ledger(folder / TEACHER_LEDGER):
             self.add("distill_harvest_answers_total", ledger.answered, run)
             for reason, count in ledger.failed().items():
                 self.add("distill_harvest_failed_answers", count, run, reason)
@@ -323,6 +329,14 @@ class _Scrape:
     def _seen(self, path: Path) -> Rows | None:
         """The rows of a file, None where there is none."""
         return self._rows(path) if path.is_file() else None
+
+    def _ledger(self, folder: Path) -> Answers | None:
+        """The teacher's answers below a folder, None where there are none."""
+        if folder not in self.ledgers and answer_files(folder):
+            ledger = self._ledgers_before.get(folder) or Answers(folder)
+            ledger.look()
+            self.ledgers[folder] = ledger
+        return self.ledgers.get(folder)
 
     def _rows(self, path: Path) -> Rows:
         if path not in self.files:

@@ -28,7 +28,7 @@ class Ask:
         """
         return hashlib.sha256(b"%s#%d" % (self._asked(), sample)).hexdigest()
 
-    def keys(self) -> list[str]:
+    def sample_keys(self) -> list[str]:
         """The keys of all samples, in order."""
         asked = self._asked()
         return [hashlib.sha256(b"%s#%d" % (asked, sample)).hexdigest() for sample in range(self.request.n)]

@@ -48,8 +48,12 @@ class Account(BaseModel):
 
 def estimated_tokens(request: GenerationRequest) -> int:
     """Tokens of a prompt by rule: one for every 3 bytes of UTF-8, and 8 a message."""
-    texts = [message.content for message in request.messages or ()] + ([request.prompt] if request.prompt is not None else [])
-    return sum(tokens_of(text) for text in texts) + TOKENS_A_MESSAGE * len(texts)
+    texts = _texts(request)
+    return sum(map(tokens_of, texts)) + TOKENS_A_MESSAGE * len(texts)
+
+
+def _texts(request: GenerationRequest) -> list[str]:
+    return [message.content for message in request.messages or ()] if request.prompt is None else [request.prompt]
 
 
 def tokens_of(text: str) -> int:
@@ -160,7 +164,7 @@ class Budget:
         self.close()
 
     def _most_tokens(self, request: GenerationRequest) -> int:
-        texts = [message.content for message in request.messages or ()] + ([request.prompt] if request.prompt is not None else [])
+        texts = _texts(request)
         return sum(len(text.encode(errors="replace")) for text in texts) + TOKENS_A_MESSAGE * len(texts) + TOKENS_A_REQUEST
 
     def _answered_tokens(self, request: GenerationRequest, answer: Answer) -> int:

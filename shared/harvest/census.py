@@ -1,4 +1,4 @@
-"""Rows of a harvest and their census: every wanted row is counted once."""
+"""The census of a harvest: every wanted row is counted once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shared.artifacts import now
 from shared.collect import Collected
-from shared.contracts import CUT_OFF, Completion, Response
+from shared.contracts import CUT_OFF, Response
 from shared.harvest.ask import Ask
 from shared.harvest.ledger import OK, Held, kind_of
-from shared.harvest.teacher import Refusal
 
 FEW_TEXTS = 8
 """Fewer answers may well be one and the same text."""
@@ -102,27 +100,3 @@ class Census:
                 self._texts.add(text)
         else:
             self.failed[kind] += 1
-
-
-def row_of(prompt: Prompt, sample: int, choice: Completion | Refusal, *, latency_s: float, attempts: int) -> Response:
-    """The ledger line of a sample."""
-    refused = choice if isinstance(choice, Refusal) else None
-    completion = choice if isinstance(choice, Completion) else None
-    return Response(
-        key=prompt.keys[sample],
-        example_id=prompt.ask.example_id,
-        sample=sample,
-        status="failed" if refused else "ok",
-        text=_whole(completion.text) if completion else "",
-        finish_reason=completion.finish_reason if completion else None,
-        reason=_whole(refused.reason) if refused else None,
-        model=prompt.ask.model,
-        latency_s=round(latency_s, 4),
-        attempts=max(attempts, 1),
-        received_at=now(),
-    )
-
-
-def _whole(text: str) -> str:
-    """JSON can name half a character, a file cannot hold it."""
-    return text.encode(errors="replace").decode()

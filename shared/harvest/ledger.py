@@ -90,13 +90,7 @@ class AnswerLedger:
             self._lock.close()
             raise
 
-    def find(self, key: str, example_id: str) -> Held | None:
-        """What the ledger has of a key for an example."""
-        query = "SELECT file, at, kind, text FROM rows WHERE key = ? AND example = ?"
-        found = self._index.execute(query, (_short(key), hash(example_id))).fetchone()
-        return Held(*found) if found else None
-
-    def find_all(self, keys: Sequence[str]) -> dict[tuple[str, int], Held]:
+    def find(self, keys: Sequence[str]) -> dict[tuple[str, int], Held]:
         """What the ledger has of some keys, by key and the hash of the example's id; in one go, which costs a third of one by one."""
         marks = ",".join("?" * len(keys))
         query = f"SELECT key, example, file, at, kind, text FROM rows WHERE key IN ({marks})"
@@ -105,10 +99,8 @@ class AnswerLedger:
         return {(by_short[key], example): Held(file, at, kind, text) for key, example, file, at, kind, text in found}
 
     @property
-    def rows_held(self) -> int:
-        """Keys and examples that have a row."""
-        (count,) = self._index.execute("SELECT count(*) FROM rows").fetchone()
-        return int(count)
+    def empty(self) -> bool:
+        return self._index.execute("SELECT 1 FROM rows LIMIT 1").fetchone() is None
 
     def twin(self, key: str, cut_off: bool = True) -> Held | None:
         """An answer that another example has had to the same request; `cut_off`: such a one will do as well."""
@@ -163,9 +155,7 @@ class AnswerLedger:
 
     def rows(self) -> Iterator[Response]:
         """The rows that count, in the order in which they came. Raises DataError, StorageError."""
-        for line, row in self._lines():
-            del line
-            yield row
+        return (row for _, row in self._lines())
 
     def compact(self) -> Path:
         """Put the lines that count into one file, atomically, remove the segments and close the ledger. Returns the file's path.

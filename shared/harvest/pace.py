@@ -15,9 +15,9 @@ FIRST_GATE_S = 1.0
 """Pause after a 429 that names no time; it doubles with every further one, to at most a minute."""
 USED = 0.97
 """Of a rate that is allowed: clocks and networks bunch what was sent evenly."""
-SPREAD, BURST_S = 0.6, 0.003
-"""How far apart requests are spread while the pace is still rising, as a share of an answer's time by the bound, and how far behind
-that they may be. What is sent at once comes back at once, for ever, and nothing is in flight while it is dealt with."""
+SPREAD, LONGEST_SPREAD_S, BURST_S = 0.6, 0.02, 0.003
+"""How far apart requests are spread while the pace is still rising: as a share of an answer's time by the bound, at most, and how far
+behind that they may be. What is sent at once comes back at once, for ever, and nothing is in flight while it is dealt with."""
 BEHIND_S = 0.02
 """Requests that are due by the rate may follow each other at once if they are no later than this."""
 SEARCH = 1.5
@@ -94,10 +94,10 @@ class Pace:
         if self._since is None:
             self._since = now
         if self._rate is not None:
-            self._grow(now)
+            self._rate = self._grown(self._rate, now)
             self._due = max(self._due, now - BEHIND_S) + 1 / self._rate
         elif self._starting:
-            self._due = max(self._due, now - BURST_S) + min(SPREAD * self._latency / self._limit, BEHIND_S)
+            self._due = max(self._due, now - BURST_S) + min(SPREAD * self._latency / self._limit, LONGEST_SPREAD_S)
         if self._tokens is not None:
             self._tokens_due = max(self._tokens_due, now) + tokens / self._tokens
         return now
@@ -148,17 +148,14 @@ class Pace:
         self._cut_at = now
         self._limit = max(1.0, self._limit * factor)
 
-    def _grow(self, now: float) -> None:
-        """A learned rate creeps up: the bound may have been a passing one."""
-        if self._rate is None:
-            return
+    def _grown(self, rate: float, now: float) -> float:
+        """A rate creeps up again: the bound may have been a passing one."""
         gap = min(max(0.0, now - max(self._rate_at, self.gate_until)), LONGEST_GAP_S)
-        if self._allowed is not None:
-            self._rate = min(self._allowed, self._rate * RETURN**gap)
-        else:
-            growth = SEARCH if self._ceiling == math.inf else RETURN if self._rate < USED * self._ceiling else CREEP
-            self._rate *= growth**gap
         self._rate_at = now
+        if self._allowed is not None:
+            return min(self._allowed, rate * math.pow(RETURN, gap))
+        growth = SEARCH if self._ceiling == math.inf else RETURN if rate < USED * self._ceiling else CREEP
+        return rate * math.pow(growth, gap)
 
     def _learn(self, now: float, retry_after_s: float | None) -> None:
         if self._since is None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Literal
 
-from shared.collect import Collected
+from shared.collect import Collected, row_of
 from shared.commands import Progress
 from shared.contracts import CUT_OFF, Completion, GenerationRequest, Response
 from shared.errors import (
@@ -35,10 +35,11 @@ from shared.errors import (
 )
 from shared.harvest.ask import Ask
 from shared.harvest.budget import Budget, Reserved, estimated_tokens
-from shared.harvest.census import Census, Prompt, row_of
+from shared.harvest.census import Census, Prompt
 from shared.harvest.circuit import Circuit
-from shared.harvest.ledger import AnswerLedger, Held
+from shared.harvest.ledger import OK, AnswerLedger, Held
 from shared.harvest.pace import Pace
+from shared.harvest.smoke import PROMPTS, Smoke
 from shared.harvest.teacher import Answer, Refusal, Teacher
 from shared.settings import Recipe
 
@@ -49,8 +50,6 @@ DRAIN_S = 8.0
 """How long what is in flight is waited for when a harvest is told to end: containers are given 10 s."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
 """Bounds of the pause before another attempt at one request; it is drawn from all below a bound that doubles (full jitter)."""
-SMOKE = 16
-"""Prompts that are asked before all others: if half of them fail, nothing more is sent."""
 MOST_WAITING = 4096
 """Rows that wait for another example's answer to the same request; then no more prompts are drawn until it comes."""
 AT_ONCE = 256
@@ -149,39 +148,6 @@ class _Job:
     """Whether it is one sample of several that the teacher would not give in one answer."""
 
 
-class _Smoke:
-    """The first prompts, asked before all others: most of them must be answered."""
-
-    def __init__(self) -> None:
-        self._left, self._rows, self._ok, self._failed = SMOKE, 0, 0, 0
-        self.passed = False
-
-    @property
-    def full(self) -> bool:
-        """Whether to wait for what has been asked."""
-        return not self.passed and self._left == 0
-
-    def drew(self, *, missing: int, answered_before: bool) -> None:
-        self.passed = self.passed or answered_before
-        if not missing:
-            return
-        self._left -= 1
-        self._rows += missing
-        self._judge()
-
-    def came(self, ok: int, failed: int) -> None:
-        self._ok += ok
-        self._failed += failed
-        self._judge()
-
-    def _judge(self) -> None:
-        self.passed = self.passed or (self._left <= 0 and 2 * self._ok > self._rows)
-
-    @property
-    def failed(self) -> bool:
-        return not self.passed and self._left <= 0 and 2 * self._failed >= self._rows
-
-
 class _Harvest:
     def __init__(
         self,
@@ -223,7 +189,7 @@ class _Harvest:
         """A thread that tells whoever watches: the end is told after it."""
         self._error: BaseException | None = None
         self._ending = False
-        self._smoke = _Smoke()
+        self._smoke = Smoke()
         self._answered = 0
         """Rows, by requests of this call and not by another example's answer."""
         self._several = self._singles = False
@@ -345,13 +311,13 @@ class _Harvest:
 
         Where it had anything at first many are looked up at once: to go on after 100,000 rows, all of them are passed over.
         """
-        at_once = LOOKED_UP if self._ledger.rows_held else 1
+        at_once = 1 if self._ledger.empty else LOOKED_UP
         while batch := list(islice(source, at_once)):
-            keys = [ask.keys() for ask in batch]
+            keys = [ask.sample_keys() for ask in batch]
             wanted = [key for of_ask in keys for key in of_ask]
             held: dict[tuple[str, int], Held] = {}
             for first in range(0, len(wanted), MOST_MARKS):
-                held |= self._ledger.find_all(wanted[first : first + MOST_MARKS])
+                held |= self._ledger.find(wanted[first : first + MOST_MARKS])
             for ask, of_ask in zip(batch, keys, strict=True):
                 yield ask, of_ask, held
 
@@ -359,9 +325,10 @@ class _Harvest:
         """Count what the ledger has of a prompt, and make jobs of what it does not."""
         prompt, example = self._census.prompt(ask, keys), hash(ask.example_id)
         missing: list[int] = []
-        had = 0
+        had, answered_before = 0, False
         for sample, key in enumerate(keys):
             mine = held.get((key, example))
+            answered_before = answered_before or (mine is not None and mine.kind in (OK, CUT_OFF))
             if mine is not None and mine.kind not in self._retry:
                 had += 1
                 self._census.held(prompt, mine, self._ledger.read)
@@ -380,7 +347,7 @@ class _Harvest:
                 self._asking[key] = []
                 missing.append(sample)
         self._progress.had(had)
-        self._smoke.drew(missing=len(missing), answered_before=had > 0 and prompt.answers > 0)
+        self._smoke.drew(missing=len(missing), answered_before=answered_before)
         if had == len(keys):
             self._census.close(prompt)
         if missing:
@@ -401,26 +368,21 @@ class _Harvest:
     # one request
 
     async def _attempt(self, job: _Job, request: GenerationRequest, reserved: Reserved | None, sent_at: float, probe: bool) -> None:
-        answer, billed = None, False
         try:
-            try:
-                answer = await self._teacher.ask(request)
-            except (TeacherUnavailable, RequestRefused) as exc:
-                billed = exc.maybe_billed
-                raise
-            except NotTheApi:
-                billed = True  # a garbled answer is an answer
-                raise
-            except TeacherRejected:
-                raise
-            except BaseException:  # it is given up while it may still be answered
-                billed = True
-                raise
-            finally:
-                if reserved is not None and self._budget is not None:
-                    self._budget.settle(reserved, answer, billed=billed)
-            self._pace.answered(sent_at)
-            self._keep(job, answer, time.monotonic() - sent_at)
+            await self._ask(job, request, reserved, sent_at, probe)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as exc:  # a key that is refused, a full disk, or a fault of ours: the end
+            self._end(exc)
+        finally:
+            task = asyncio.current_task()
+            if task is not None:
+                self._tasks.discard(task)
+        self._advance()
+
+    async def _ask(self, job: _Job, request: GenerationRequest, reserved: Reserved | None, sent_at: float, probe: bool) -> None:
+        try:
+            answer = await self._paid(request, reserved)
         except TeacherBusy as exc:
             self._pace.busy(sent_at, exc.retry_after_s)
             self._circuit.lives()
@@ -438,17 +400,28 @@ class _Harvest:
             if isinstance(exc, NotTheApi) and not self._answered:
                 self._doubt = exc
             self._again(job, exc, probe)
-        except asyncio.CancelledError:
+        except BaseException:
             self._pace.failed()
             raise
-        except BaseException as exc:  # a key that is refused, a full disk, or a fault of ours: the end
-            self._pace.failed()
-            self._end(exc)
+        else:
+            self._pace.answered(sent_at)
+            self._keep(job, answer, time.monotonic() - sent_at)
+
+    async def _paid(self, request: GenerationRequest, reserved: Reserved | None) -> Answer:
+        """Ask, and settle what was set aside for it."""
+        answer, billed = None, True  # also where it is given up while it may still be answered, or where the answer is garbled
+        try:
+            answer = await self._teacher.ask(request)
+            return answer
+        except (TeacherUnavailable, RequestRefused) as exc:
+            billed = exc.maybe_billed
+            raise
+        except TeacherRejected as exc:
+            billed = isinstance(exc, NotTheApi)
+            raise
         finally:
-            task = asyncio.current_task()
-            if task is not None:
-                self._tasks.discard(task)
-        self._advance()
+            if reserved is not None and self._budget is not None:
+                self._budget.settle(reserved, answer, billed=billed)
 
     def _keep(self, job: _Job, answer: Answer, latency_s: float) -> None:
         """Rows of what came, and another job for what did not."""
@@ -517,11 +490,11 @@ class _Harvest:
 
     def _rows(self, job: _Job, made: Iterable[tuple[int, Completion | Refusal]], latency_s: float) -> int:
         """Write and count the rows of some samples, and those of other examples that ask the same. Returns how many were answered."""
-        rows, answered, came = [], 0, 0
+        rows, came = [], []
         for sample, choice in made:
-            came += 1
-            row = row_of(job.prompt, sample, self._judged(choice), latency_s=latency_s, attempts=job.attempts)
-            answered += row.status == "ok"
+            key = job.prompt.keys[sample]
+            row = row_of(job.prompt.ask, key, sample, self._judged(choice), latency_s=latency_s, attempts=job.attempts)
+            came.append(row)
             waiting = self._asking.pop(row.key, ())
             self._waiting -= len(waiting)
             self._census.shared += len(waiting)
@@ -534,10 +507,16 @@ class _Harvest:
                 else:
                     rows.append((prompt, row.model_copy(update={"example_id": prompt.ask.example_id, "sample": place}) if waiting else row))
         self._write(rows)
+        answered = sum(row.status == "ok" for row in came)
         self._answered += answered
-        self._smoke.came(answered, came - answered)
+        self._smoke.came(came)
         if self._smoke.failed:
-            self._end(self._too_thin())
+            self._end(
+                HarvestTooThin(
+                    f"half of the first {PROMPTS} prompts of {self._what} or more failed ({self._smoke.explain()}). Nothing more was sent; "
+                    "mend the cause, then ask again for what failed (`distill harvest --retry-failed`)"
+                )
+            )
         return answered
 
     def _write(self, rows: list[tuple[Prompt, Response]]) -> None:
@@ -553,21 +532,10 @@ class _Harvest:
             self._census.close(prompt)
 
     def _judged(self, choice: Completion | Refusal) -> Completion | Refusal:
-        if isinstance(choice, Completion):
-            if not choice.text.strip():
-                return Refusal("empty", "nothing but blanks")
-            if len(choice.text) > self._limits.max_answer_chars:
-                return Refusal("over_long", f"{len(choice.text)} characters, harvest.max_answer_chars is {self._limits.max_answer_chars}")
+        most = self._limits.max_answer_chars
+        if isinstance(choice, Completion) and len(choice.text) > most:
+            return Refusal("over_long", f"{len(choice.text)} characters, harvest.max_answer_chars is {most}")
         return choice
-
-    def _too_thin(self) -> HarvestTooThin:
-        failed = self._census.failed
-        reasons = ", ".join(f"{number} {kind}" for kind, number in failed.most_common())
-        return HarvestTooThin(
-            f"half of the first {SMOKE} prompts of {self._what} or more failed ({reasons}), most with: "
-            f"{self._census.said.get(failed.most_common(1)[0][0], '')}. Nothing more was sent; mend the cause, then ask again for what "
-            "failed (`distill harvest --retry-failed`)"
-        )
 
     # time
 

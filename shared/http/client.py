@@ -73,7 +73,7 @@ class Exchange:
         Raises SettingsError for what is no http(s) URL.
         """
         self.base = parsed_url(base_url)
-        self._headers = {"accept": "application/json", "accept-encoding": "identity", **headers}
+        self._headers = {"accept": "application/json", "accept-encoding": "identity", "content-type": "application/json", **headers}
         self._timeout_s, self._secrets = timeout_s, [secret for secret in secrets if secret]
         # aiohttp below httpx: plain httpx slows down with many connections (encode/httpx issue 3215). The transport and not a client
         # on top of it: that one merges URLs, headers and cookies anew for each request, a quarter of the whole cost
@@ -87,12 +87,11 @@ class Exchange:
             trust_env=not is_loopback(self.base.host),
         )
 
-    async def send(self, method: str, url: httpx.URL | str, content: bytes | None = None) -> Reply:
+    async def send(self, method: str, url: httpx.URL, content: bytes) -> Reply:
         """Raises TeacherUnavailable where nobody was reached, TeacherLate, TeacherFailed for an answer that broke off, and
         TeacherRejected for a certificate that is not trusted.
         """
-        headers = self._headers if content is None else {**self._headers, "content-type": "application/json"}
-        request = httpx.Request(method, url, headers=headers, content=content)
+        request = httpx.Request(method, url, headers=self._headers, content=content)
         try:
             async with asyncio.timeout(self._timeout_s):
                 response = await self._transport.handle_async_request(request)
@@ -119,7 +118,7 @@ class Exchange:
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def judge(self, reply: Reply, url: httpx.URL | str, *, remedy: str) -> None:
+    def judge(self, reply: Reply, url: httpx.URL, *, remedy: str) -> None:
         """Return for a status of 2xx; raise what any other one means. `remedy`: what to look at if this is not the API at all."""
         status = reply.status
         if 200 <= status < 300:
@@ -145,7 +144,7 @@ class Exchange:
             raise TeacherRejected(f"{message}; the account must pay first")
         raise NotTheApi(f"{message}; {'the server is somewhere else; give its own URL' if 300 <= status < 400 else remedy}")
 
-    def json(self, reply: Reply, url: httpx.URL | str, *, remedy: str) -> Any:
+    def json(self, reply: Reply, url: httpx.URL, *, remedy: str) -> Any:
         """The parsed body of an answer, whatever charset its header names: JSON says its own. Raises NotTheApi."""
         try:
             return json.loads(reply.body)
@@ -161,12 +160,12 @@ class Exchange:
             text = text.replace(secret, "***")
         return text[:SHOWN] + ("..." if len(text) > SHOWN else "") or "(nothing)"
 
-    def rendered(self, method: str, url: httpx.URL | str, body: Any) -> str:
+    def rendered(self, method: str, url: httpx.URL, body: Any) -> str:
         """A request for a person to read; headers by name, since some are secrets."""
         shown = json.dumps(body, indent=2, ensure_ascii=False)
         for secret in self._secrets:
             shown = shown.replace(secret, "***")
-        return f"{method} {url}\nheaders: {', '.join(sorted({*self._headers, 'content-type'}))}\n{shown}"
+        return f"{method} {url}\nheaders: {', '.join(sorted(self._headers))}\n{shown}"
 
     async def aclose(self) -> None:
         await self._transport.aclose()
@@ -246,13 +245,6 @@ class OpenAITeacher:
 
     def rendered(self, request: GenerationRequest) -> str:
         return self._exchange.rendered("POST", self._url, self._body(request))
-
-    async def check(self) -> None:
-        """Return if the server lists its models. One attempt. Raises as `ask` does."""
-        url = f"{self._exchange.base}/models"
-        reply = await self._exchange.send("GET", url)
-        self._exchange.judge(reply, url, remedy=self._remedy)
-        self._exchange.json(reply, url, remedy=self._remedy)
 
     async def aclose(self) -> None:
         await self._exchange.aclose()

@@ -21,7 +21,7 @@ from shared.errors import (
 )
 from shared.harvest.custom_api import CustomApi, Ending, Outcome
 from shared.harvest.teacher import Answer, Refusal
-from shared.http.client import Exchange, Reply, retry_after
+from shared.http.client import Exchange, Reply, encoded, headers_with, retry_after
 
 ENDINGS: dict[str, Ending] = {"stop": "stop", "length": "length", "content_filter": "content_filter"}
 READ = ("choices", "text", "finish_reason", "error", "retry_after_s", "input_tokens", "output_tokens")
@@ -49,8 +49,7 @@ class CustomTeacher:
             raise SettingsError("teacher.api_key: teacher.custom sends one; give teacher.api_key_file or DISTILL_TEACHER__API_KEY")
         if api_key is not None and "api_key" not in api.used:
             raise SettingsError('teacher.api_key: nothing in teacher.custom holds "{api_key}": say where it is sent, or unset it')
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise SettingsError("teacher.api_key: it may hold printable ASCII characters only")  # and must not be quoted
+        headers_with(api_key)  # refuses a key that no header can hold
         headers = {name.lower(): value.replace("{api_key}", api_key or "") for name, value in api.headers.items()}
         self._exchange = Exchange(
             url, headers={"user-agent": "blackbox-distill", **headers}, timeout_s=timeout_s, secrets=[api_key or ""], transport=transport
@@ -65,7 +64,7 @@ class CustomTeacher:
 
     async def ask(self, request: GenerationRequest) -> Answer:
         """One attempt. Raises as `Teacher.ask` says."""
-        reply = await self._exchange.send(self._api.method, self._url, json.dumps(self._body(request)).encode())
+        reply = await self._exchange.send(self._api.method, self._url, encoded(self._body(request), self._model))
         try:
             answer = self._exchange.json(reply, self._url, remedy=REMEDY)
         except NotTheApi:
@@ -85,12 +84,6 @@ class CustomTeacher:
 
     def rendered(self, request: GenerationRequest) -> str:
         return self._exchange.rendered(self._api.method, self._url, self._body(request))
-
-    async def check(self) -> None:
-        """Return if somebody answers at the URL: all that can be found out without paying for an answer. Raises as `ask` does."""
-        reply = await self._exchange.send("HEAD", self._url)
-        if reply.status in (502, 503, 504):  # a gateway that reaches nobody
-            self._exchange.judge(reply, self._url, remedy=REMEDY)
 
     async def aclose(self) -> None:
         await self._exchange.aclose()
@@ -131,10 +124,6 @@ class CustomTeacher:
             raise NotTheApi(self._missed("text", choice, reply))
         if not isinstance(text, str):
             return Refusal("no_text", self._missed("text", choice, reply))
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return Refusal("no_text", "half a surrogate pair is in it: no file can hold this text")
         if ending is None:
             return Refusal(
                 "refused", f"an answer ended with {self._exchange.quote(_word(said))}, which teacher.custom.finish_reasons does not name"

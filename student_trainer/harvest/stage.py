@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.artifacts import Run, Stage
+from shared.artifacts import Run
 from shared.collect import Collected
 from shared.commands import interruptible
 from shared.contracts import Example, GenerationRequest, Sampling
@@ -17,10 +16,10 @@ from shared.errors import HarvestTooThin
 from shared.harvest.ask import Ask
 from shared.harvest.budget import Budget, estimated_tokens
 from shared.harvest.ledger import AnswerLedger, answer_files, kinds
-from shared.harvest.redaction import Redaction
 from shared.harvest.scheduler import Limits, harvest
 from shared.http.client import teacher_of
 from shared.prompts import messages, plain
+from shared.redact import Redaction
 from shared.settings import Recipe
 from student_trainer.harvest.watch import Watch
 
@@ -76,17 +75,17 @@ def run_stage(run: Run, *, teacher_url: str | None = None, retry: frozenset[str]
         stopping.raise_if_asked()
         check(recipe, collected)
         answers = ledger.compact()
-    finish(stage, recipe, answers, collected, prompts.redaction.counts)
-    return 0
-
-
-def finish(stage: Stage, recipe: Recipe, answers: Path, collected: Collected, redacted: Counter[str]) -> None:
     counts = collected.counts()
     if recipe.harvest.redact is not None:
-        counts["redacted"] = dict(sorted(redacted.items()))
-    settings = {"teacher": recipe.teacher.model_dump(mode="json"), "harvest": recipe.harvest.model_dump(mode="json")}
+        counts["redacted"] = dict(sorted(prompts.redaction.counts.items()))
+    settings = {
+        "teacher": recipe.teacher.model_dump(mode="json"),
+        "asked_at": recipe.teacher.address(teacher_url),
+        "harvest": recipe.harvest.model_dump(mode="json"),
+    }
     stage.finish([answers], settings=settings, counts=counts)
     print(f"{STAGE}: {collected.explain()}")
+    return 0
 
 
 @dataclass
@@ -163,7 +162,7 @@ def dry_run(run: Run, *, teacher_url: str | None = None, retry: frozenset[str] =
     requests = samples = inputs = 0
     shown: list[str] = []
     for ask in prompts:
-        missing = [i for i, key in enumerate(ask.keys()) if held.get((key, ask.example_id)) in (None, *retry)]
+        missing = [i for i, key in enumerate(ask.sample_keys()) if held.get((key, ask.example_id)) in (None, *retry)]
         if not missing:
             continue
         made = -(-len(missing) // (teacher.most_choices or len(missing)))

@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -421,27 +421,6 @@ def test_a_key_no_header_can_hold_is_refused_without_being_shown() -> None:
     with pytest.raises(SettingsError, match="api_key") as caught:
         OpenAITeacher(URL, model="m", api_key="geheim\nschlüssel")
     assert "geheim" not in str(caught.value)
-
-
-def checked(handler: Callable[[httpx.Request], httpx.Response]) -> None:
-    async def run() -> None:
-        teacher = OpenAITeacher(URL, model="m", transport=httpx.MockTransport(handler))
-        try:
-            await teacher.check()
-        finally:
-            await teacher.aclose()
-
-    asyncio.run(run())
-
-
-def test_check_lists_the_models_once() -> None:
-    server = Server(answer(json={"data": []}))
-    checked(server)
-    assert [str(r.url) for r in server.requests] == [f"{URL}/models"]
-    server = Server(answer(503))
-    with pytest.raises(TeacherUnavailable):
-        checked(server)
-    assert len(server.requests) == 1
 
 
 # over real connections: what a transport in memory cannot show

@@ -101,15 +101,28 @@ def test_rows_come_back_in_the_order_of_their_appending_and_after_reopening(tmp_
     assert texts(folder)[0] == "an ä\nand a \r and a \u2028 inside"
 
 
+def found(ledger: AnswerLedger, number: int, example_id: str) -> Held | None:
+    return ledger.find([key(number)]).get((key(number), hash(example_id)))
+
+
+def test_many_keys_are_looked_up_in_one_go_with_the_rows_of_every_example_that_shares_one(tmp_path: Path) -> None:
+    with AnswerLedger(tmp_path) as ledger:
+        assert ledger.empty
+        ledger.append([row(1), row(2), row(1, example="other"), row(3)])
+        assert not ledger.empty
+        places = ledger.find([key(1), key(2), key(9)])
+        assert places.keys() == {(key(1), hash("e1")), (key(1), hash("other")), (key(2), hash("e2"))}
+
+
 def test_a_row_is_found_by_what_was_asked_for_an_example_and_read_from_its_place(tmp_path: Path) -> None:
     with AnswerLedger(tmp_path, segment_bytes=2 * LINE) as ledger:
         ledger.append([row(1, "one"), row(2, "two", finish_reason="length")])
         ledger.append([failed(3), row(1, "one again", example="other")])
-        found = [ledger.find(key(1), "e1"), ledger.find(key(2), "e2"), ledger.find(key(3), "e3"), ledger.find(key(1), "other")]
-        assert [held.kind for held in found if held] == ["ok", "cut_off", "refused", "ok"]
-        assert [ledger.read(held) for held in found if held] == list(ledger.rows())
-        assert ledger.find(key(1), "e2") is None
-        assert ledger.find(key(9), "e1") is None
+        places = [found(ledger, 1, "e1"), found(ledger, 2, "e2"), found(ledger, 3, "e3"), found(ledger, 1, "other")]
+        assert [held.kind for held in places if held] == ["ok", "cut_off", "refused", "ok"]
+        assert [ledger.read(held) for held in places if held] == list(ledger.rows())
+        assert found(ledger, 1, "e2") is None
+        assert found(ledger, 9, "e1") is None
 
 
 def test_an_answer_of_another_example_is_found_and_a_failure_is_none(tmp_path: Path) -> None:
@@ -129,7 +142,7 @@ def test_of_several_lines_for_one_key_and_example_the_last_counts(tmp_path: Path
         ledger.append([row(1, "in one go"), row(1, "last")])
         expected = [row(2, "first", example="first"), row(2, "second", example="second"), row(2, "third", example="third"), row(1, "last")]
         assert list(ledger.rows()) == expected
-        held = ledger.find(key(1), "e1")
+        held = found(ledger, 1, "e1")
         assert held is not None
         assert ledger.read(held).text == "last"
     assert counting(tmp_path) == expected
@@ -389,7 +402,7 @@ def test_of_rows_that_belong_together_all_are_there_or_none(tmp_path: Path) -> N
         with files_no_larger_than(3 * LINE), pytest.raises(StorageError):
             ledger.append([row(1), row(2), row(3)])
         assert list(ledger.rows()) == [row(0)]
-        assert ledger.find(key(1), "e1") is None
+        assert found(ledger, 1, "e1") is None
 
 
 @pytest.mark.parametrize("room", [0, 100, 5000])
@@ -414,7 +427,7 @@ def test_the_index_has_no_name_and_needs_none(tmp_path: Path) -> None:
         ledger.append([row(0)])
         assert sorted(file.name for file in tmp_path.iterdir()) == [".responses.lock", "responses-000001.jsonl"]
         ledger.append([row(1)])
-        assert ledger.find(key(1), "e1") is not None
+        assert found(ledger, 1, "e1") is not None
 
 
 def test_a_hundred_thousand_rows_are_all_known_after_reopening(tmp_path: Path) -> None:
@@ -425,12 +438,12 @@ def test_a_hundred_thousand_rows_are_all_known_after_reopening(tmp_path: Path) -
     with AnswerLedger(tmp_path) as ledger:
         assert (ledger.repaired_bytes, ledger.superseded) == (0, 0)
         for number in (0, 4999, 5000, 65_536, 99_999):
-            held = ledger.find(key(number), f"e{number}")
+            held = found(ledger, number, f"e{number}")
             assert held is not None
             assert ledger.read(held).example_id == f"e{number}"
-        assert ledger.find(key(100_000), "e100000") is None
+        assert found(ledger, 100_000, "e100000") is None
         ledger.append([row(1, "again", example="e1")])
-        held = ledger.find(key(1), "e1")
+        held = found(ledger, 1, "e1")
         assert held is not None
         assert ledger.read(held).text == "again"
 

@@ -38,7 +38,8 @@ from shared.errors import (
 from shared.harvest.ask import Ask
 from shared.harvest.budget import Budget, estimated_tokens, tokens_of
 from shared.harvest.ledger import AnswerLedger, answer_files
-from shared.harvest.scheduler import SMOKE, Limits, Standing, harvest
+from shared.harvest.scheduler import Limits, Standing, harvest
+from shared.harvest.smoke import PROMPTS as SMOKE
 from shared.harvest.teacher import Answer, Refusal
 from shared.settings import BudgetSettings, PriceSettings
 
@@ -426,6 +427,14 @@ def test_nor_is_that_of_an_example_that_waits_for_the_same_answer(tmp_path: Path
     run(FakeTeacher(lambda r, i: cut), asks, tmp_path)
     collected = run(FakeTeacher(among([0], refused)), asks, tmp_path, retry=frozenset({"cut_off"}))
     assert (collected.answers, collected.failed) == (2, {})
+
+
+def test_when_every_cut_off_answer_is_refused_on_asking_again_all_of_them_stay(tmp_path: Path) -> None:
+    cut = Answer((Completion(text="half of", finish_reason="length"),))
+    asks = asks_for(SMOKE + 4, samples=1)
+    run(FakeTeacher(lambda r, i: cut), asks, tmp_path)
+    collected = run(FakeTeacher(among(range(SMOKE + 4), refused)), asks, tmp_path, retry=frozenset({"cut_off"}))
+    assert (collected.answers, collected.cut_off, collected.failed) == (SMOKE + 4, SMOKE + 4, {})
 
 
 # a teacher that says: not now
