@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -178,7 +177,8 @@ class Progress:
 
     def _print(self, line: str) -> None:
         if self._terminal:
-            line = line[: shutil.get_terminal_size().columns - 1]  # one that is wrapped cannot be written over
+            # one that is wrapped cannot be written over; a new terminal may say it is 0 wide
+            line = line[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
             print(f"\r\x1b[K{line}", end="\n" if self._done == self._total else "", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)

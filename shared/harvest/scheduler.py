@@ -609,20 +609,20 @@ class _Harvest:
     def _waits_for(self) -> str:
         """Why nothing is being sent, if that is so."""
         if gate := max(0.0, self._pace.gate_until - time.monotonic()):
-            return f"waiting {gate:.0f} s, as the teacher asks"
+            return f"waiting {math.ceil(gate)} s, as the teacher asks"
         return self._circuit.explain()
 
     def _note(self) -> str:
         """What the line of progress says beside numbers of rows."""
         notes = [f"{self._pace.in_flight} in flight"]
+        if waiting := self._waits_for():
+            notes.insert(0, waiting)  # a narrow terminal shows the beginning of a line
         if self._pace.refused:
             notes.append(f"{self._pace.refused} x 429")
         if failed := self._census.failed.total():
             notes.append(f"{failed} failed")
         if self._budget is not None and self._budget.priced:
             notes.append(f"cost {self._budget.spent:.4g}")
-        if waiting := self._waits_for():
-            notes.append(waiting)
         return ", ".join(notes)
 
     def _standing(self, state: Literal["running", "ending", "ended"]) -> Standing:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import textwrap
 import threading
 import time
@@ -99,7 +100,8 @@ def test_a_stage_with_nothing_to_do_prints_nothing(capsys: pytest.CaptureFixture
 def on_a_terminal(code: str, *, columns: int = 80) -> str:
     """What a program writes to standard error where that is a terminal."""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "COLUMNS": str(columns)}
+    termios.tcsetwinsize(ours, (24, columns))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=theirs, env=environment) as child:
         os.close(theirs)
         written = b""
