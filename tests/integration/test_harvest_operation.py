@@ -47,7 +47,7 @@ from shared.artifacts import Run
 from shared.cli import main
 from shared.datasets.stage import prepare
 from shared.errors import BudgetSpent, DataError, HarvestTooThin, SettingsError, StorageError, TeacherError
-from shared.harvest.scheduler import SMOKE
+from shared.harvest.smoke import PROMPTS as SMOKE
 from shared.settings import Recipe, load_settings
 
 KEY = "sk-geheim-0123456789"
