@@ -26,8 +26,9 @@ from shared.contracts import Contract, FileRef, Manifest
 from shared.errors import DataError, RunMismatch, StageOrder, StorageError, storage_error
 from shared.settings import PROCEDURE, Recipe
 
-FORMAT = 2
-"""Of run directories. 2: keys of answers without the example, ledgers in segments. A run.json that names none is of format 1."""
+FORMAT = 3
+"""Of run directories. 2: keys of answers without the example, ledgers in segments. 3: a folder of checkpoints a round. A run.json that
+names none is of format 1."""
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "ctranslate2", "rouge_score", "nltk", "httpx", "pydantic")
 ANOTHER_RUN = "give another --out (with compose: RUN=name)"
 LOST_AND_FOUND = "lost+found"

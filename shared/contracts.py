@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Split = Literal["train", "validation", "test"]
 FinishReason = Literal["stop", "length"]
-Source = Literal["teacher", "student"]
+Source = Literal["teacher", "student", "current-student"]
+"""Who answered. student: before any training; current-student: as it was after the round before."""
 CUT_OFF = "cut_off"
 """Beside the classes of failures what may be asked for again: answers that ended at the token limit."""
 
@@ -99,6 +100,8 @@ class Triplet(Contract):
     rejected_source: Source
     chosen_score: float
     rejected_score: float
+    chosen_weight: float = Field(1.0, gt=0)
+    """Of the chosen response in the NLL, relative to the prompt's other chosen ones."""
 
 
 class Prediction(Contract):

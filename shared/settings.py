@@ -251,18 +251,38 @@ class TripletSettings(Section):
     """Pairs whose scores differ by less are ties and dropped."""
     max_similarity: float = Field(0.9, gt=0, le=1)
     """Pairs whose texts have a higher ROUGE-L F1 with each other are near-equal and dropped."""
+    max_chosen: int = Field(1, ge=1, le=16)
+    """Of the teacher's answers, best first; several are weighted in the NLL by their scores."""
     max_rejected: int = Field(2, ge=1, le=16)
     """Rejected answers kept a prompt."""
+    rejected_from: tuple[Literal["student", "teacher"], ...] = Field(("student", "teacher"), min_length=1, max_length=2)
+    """Whose answers may be rejected; the first named is drawn on before the second."""
+    on_policy: float = Field(0.5, ge=0, le=1)
+    """From the second round on: share of the student's rejected answers that the student as it then is has given, the rest being the
+    undistilled one's (phi of ORPO-Distill, arXiv 2509.25100)."""
 
 
 class TrainSettings(Section):
-    """ORPO: loss = NLL(chosen) + orpo_lambda * L_OR (Hong et al., 2024)."""
+    """ORPO: loss = NLL(chosen) + orpo_lambda * L_OR (Hong et al., 2024) + KL terms; formulas in student_trainer/training/losses.py."""
 
+    trainer: Literal["packed", "trl"] = "packed"
+    """packed: a prompt computed once for all its responses. trl: TRL's experimental ORPOTrainer, a row a pair, as a baseline."""
+    rounds: int = Field(1, ge=1, le=16)
+    """After each round but the last the student answers anew and triplets are rebuilt (triplets.on_policy). Each has all of `epochs`."""
     orpo_lambda: float = Field(0.1, ge=0)
     """0 is sequence-level distillation (SFT on the chosen)."""
+    kl_reference: float = Field(0.0, ge=0)
+    """Weight of the token KL(student || initial student) along the chosen responses."""
+    kl_teacher_sequence: float = Field(0.0, ge=0)
+    """Weight of KL(the teacher's samples || student) over whole answers."""
+    kl_teacher_token: float = Field(0.0, ge=0)
+    """Experimental. Weight of the token KL(prefix tree of the teacher's samples || student)."""
+    kl_teacher_pseudocount: float = Field(1.0, ge=0)
+    """Of kl_teacher_token: samples' worth of the uniform distribution at every node; 0 makes it kl_teacher_sequence."""
     epochs: float = Field(3.0, gt=0)
+    """Of a round."""
     max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps; overrides epochs."""
+    """Optimizer steps of a round; overrides epochs."""
     batch_size: int = Field(8, ge=1)
     """Prompts a device and micro-batch."""
     gradient_accumulation: int = Field(1, ge=1)
@@ -279,8 +299,28 @@ class TrainSettings(Section):
     """0: the weights themselves are trained; else LoRA of this rank on all linear layers."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16: autocast over float32 weights. auto: bf16 where the processor computes it natively."""
-    checkpoint_steps: int = Field(20, ge=1)
-    """Optimizer steps between checkpoints; a killed run goes on from the last."""
+    activation_checkpointing: bool = False
+    """Computes activations again instead of keeping them: a third more work, much less memory."""
+    fsdp: bool = False
+    """Under torchrun: shard weights, gradients and optimizer over the processes (FSDP2) instead of keeping a copy in each (DDP)."""
+    validate_every: float = Field(1.0, ge=0)
+    """Epochs between validations (ROUGE-L of greedy answers), the best of which gives the student; 0: none, the last step does."""
+    validation_rows: int = Field(32, ge=1)
+    """Of the validation split, at most."""
+    patience: int | None = Field(None, ge=1)
+    """Validations without a better score after which a round ends early; None: never."""
+    checkpoint_minutes: float = Field(5.0, gt=0)
+    """Between checkpoints; a killed run goes on from the last."""
+    checkpoint_steps: int | None = Field(None, ge=1)
+    """Optimizer steps after which there is one as well."""
+    keep_checkpoints: int = Field(1, ge=1)
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Beside log.jsonl, of which they show the same: whatever transformers reports to (tensorboard, wandb, mlflow, ...)."""
+
+    @property
+    def learns_samples(self) -> bool:
+        """Whether the loss reads all of the teacher's answers, not the chosen ones alone."""
+        return bool(self.kl_teacher_sequence or self.kl_teacher_token)
 
 
 class ExportSettings(Section):
@@ -360,6 +400,15 @@ PROCEDURE = (
     "harvest.tokens_per_minute",
     "harvest.max_failed_fraction",
     "harvest.budget",
+    # a training step is the same however it is laid out: out of memory, one goes on with a smaller layout
+    "train.batch_size",
+    "train.gradient_accumulation",
+    "train.activation_checkpointing",
+    "train.fsdp",
+    "train.checkpoint_minutes",
+    "train.checkpoint_steps",
+    "train.keep_checkpoints",
+    "train.report_to",
 )
 """Settings and sections that say how a run proceeds and not what comes out of it: a run may go on with others than it began with."""
 

@@ -17,7 +17,8 @@ def main(argv: list[str]) -> int:
 
 def export(run: Run) -> None:
     """Run the stage `model`. Raises StageOrder, EngineError, StorageError."""
-    stage = run.stage("model", inputs=["checkpoints"])
+    last = f"checkpoints/r{run.recipe.train.rounds - 1}"
+    stage = run.stage("model", inputs=[last])
     if stage.complete:
         print("export: complete, nothing to do")
         return
@@ -33,7 +34,7 @@ def export(run: Run) -> None:
     for leftover in run.path.glob(".model.*.tmp"):  # of an export that was killed; the stage is ours alone
         shutil.rmtree(leftover, ignore_errors=True)
     print(f"export: converting the student to CTranslate2 {run.recipe.export.quantization}", flush=True)
-    student, recipe = run.path / "checkpoints" / "student", run.recipe
+    student, recipe = run.path / last / "student", run.recipe
     with new_directory(stage.path) as folder:
         shutil.copytree(student, folder / "hf", copy_function=_link)
         convert(str(student), folder / "serving", name=recipe.name, quantization=recipe.export.quantization)
@@ -73,7 +74,7 @@ def model_card(run: Run, origin: dict[str, str]) -> str:
     recipe = run.recipe
     licence = f"license: {origin['license'].lower()}\n" if "license" in origin else ""
     came_from = "; ".join(f"{key} {value}" for key, value in origin.items())
-    harvest, triplets = run.manifest("responses/teacher"), run.manifest("triplets/r0")
+    harvest, triplets = run.manifest("responses/teacher"), run.manifest(f"triplets/r{recipe.train.rounds - 1}")
     answers = harvest.counts.get("answers", "?") if harvest else "?"
     pairs = triplets.counts.get("triplets", "?") if triplets else "?"
     return f"""---

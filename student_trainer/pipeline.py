@@ -31,11 +31,11 @@ STAGES = {
     "harvest": "responses/teacher",
     "sample": "responses/student-r0",
     "triplets": "triplets/r0",
-    "train": "checkpoints",
+    "train": "checkpoints/r0",
     "export": "model",
     "evaluate": "evaluation",
 }
-"""Command -> the folder of the run it completes, in order."""
+"""Command -> the folder of the run it completes (train: one a round, the first of them), in order."""
 ASKS_TEACHER = ("harvest", "evaluate")
 TEACHER_START_S = 240.0
 
@@ -236,7 +236,10 @@ def _quiet() -> dict[str, str]:
 
 
 def _print_times(run: Run, wall: float, prepared: float) -> None:
-    rows = [(folder, manifest.seconds) for folder in ("dataset", *STAGES.values()) if (manifest := run.manifest(folder))]
+    from student_trainer.progress import stages_of
+
+    stages = stages_of(run.recipe.train.rounds)
+    rows = [(folder, manifest.seconds) for folder in stages if (manifest := run.manifest(folder))]
     # kilobytes on Linux, bytes on macOS
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     print("\ntime by stage (s):  " + "  ".join(f"{folder} {seconds:.0f}" for folder, seconds in rows))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
@@ -13,15 +13,16 @@ from shared.artifacts import read_json
 from shared.contracts import FileRef, Manifest
 from shared.errors import DataError
 
-STAGES = (
-    "dataset",
-    "responses/teacher",
-    "responses/student-r0",
-    "triplets/r0",
-    "checkpoints",
-    "model",
-    "evaluation",
-)
+
+def stages_of(rounds: int) -> tuple[str, ...]:
+    """The stages of a run with so many rounds of training, in order."""
+    names = ["dataset", "responses/teacher"]
+    for number in range(rounds):
+        names += [f"responses/student-r{number}", f"triplets/r{number}", f"checkpoints/r{number}"]
+    return (*names, "model", "evaluation")
+
+
+STAGES = stages_of(1)
 State = Literal["missing", "partial", "done", "outdated"]
 STATES: tuple[State, ...] = get_args(State)
 
@@ -35,10 +36,11 @@ def report(run: Path) -> str:
         name, created = description["recipe"]["name"], description["created_at"]
     except (KeyError, TypeError) as exc:
         raise DataError(f"{run / 'run.json'}: no recipe.name and created_at in it; it is damaged") from exc
-    manifests = {stage: manifest for stage in STAGES if (manifest := stage_manifest(run, stage))}
-    states = stage_states(run, manifests)
+    stages = stages_of(_rounds(description))
+    manifests = {stage: manifest for stage in stages if (manifest := stage_manifest(run, stage))}
+    states = stage_states(run, stages, manifests)
     table = [("stage", "state", "rows", "seconds", "when")]
-    table += [_line(run, stage, states[stage], manifests.get(stage)) for stage in STAGES]
+    table += [_line(run, stage, states[stage], manifests.get(stage)) for stage in stages]
     table.append(_served(run / "registry"))
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = [f"{s:{widths[0]}}  {t:{widths[1]}}  {r:>{widths[2]}}  {u:>{widths[3]}}  {w}".rstrip() for s, t, r, u, w in table]
@@ -47,14 +49,23 @@ def report(run: Path) -> str:
 
 def unfinished(run: Path) -> list[str]:
     """The stages that are missing, partial or outdated. Raises DataError for a damaged manifest."""
-    manifests = {stage: manifest for stage in STAGES if (manifest := stage_manifest(run, stage))}
-    return [stage for stage, state in stage_states(run, manifests).items() if state != "done"]
+    stages = stages_of(_rounds(read_json(run / "run.json")))
+    manifests = {stage: manifest for stage in stages if (manifest := stage_manifest(run, stage))}
+    return [stage for stage, state in stage_states(run, stages, manifests).items() if state != "done"]
 
 
-def stage_states(run: Path, manifests: Mapping[str, Manifest]) -> dict[str, State]:
+def _rounds(description: Any) -> int:
+    """Rounds of training that the recipe of a run wants. Raises DataError for a damaged run.json."""
+    try:
+        return int(description["recipe"]["train"]["rounds"])
+    except (KeyError, TypeError, ValueError) as exc:
+        raise DataError(f"run.json has no whole recipe in it (train.rounds: {exc!r}); it is damaged") from exc
+
+
+def stage_states(run: Path, stages: Sequence[str], manifests: Mapping[str, Manifest]) -> dict[str, State]:
     """How each stage stands. `manifests`: those there are, by stage."""
     made = {ref for manifest in manifests.values() for ref in manifest.outputs}
-    return {stage: _state(run, stage, manifests.get(stage), made) for stage in STAGES}
+    return {stage: _state(run, stage, manifests.get(stage), made) for stage in stages}
 
 
 def _state(run: Path, stage: str, manifest: Manifest | None, made: set[FileRef]) -> State:

@@ -24,7 +24,7 @@ from shared.contracts import Manifest, Response
 from shared.errors import DataError, DistillError
 from shared.harvest.ledger import answer_files
 from shared.settings import HarvestSettings, PromoteSettings, TrainSettings
-from student_trainer.progress import STAGES, STATES, stage_manifest, stage_states
+from student_trainer.progress import STATES, stage_manifest, stage_states, stages_of
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ STEP_GAUGES = {
     "distill_training_learning_rate": ("learning_rate", "Learning rate of the last step."),
     "distill_training_tokens_per_second": ("tokens_per_s", "Tokens without padding by the seconds of the last step."),
 }
-"""Metric -> what it is called in a line of checkpoints/log.jsonl (LogRow in training/trainer.py), and what it means."""
+"""Metric -> what it is called in a line of checkpoints/rN/log.jsonl (LogRow in training/trainer.py), and what it means."""
 METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "distill_stage_state": ("1 for the state a stage is in, 0 for the others.", ("run", "stage", "state")),
     "distill_stage_rows": ("Whole lines of a stage's JSON Lines files.", ("run", "stage")),
@@ -80,7 +80,7 @@ class _RunFile(BaseModel):
 
 
 class _Step(BaseModel):
-    """What is read of a line of checkpoints/log.jsonl; None: of no meaning without rejected responses."""
+    """What is read of a line of checkpoints/rN/log.jsonl; None: of no meaning without rejected responses."""
 
     step: int
     epoch: float = Field(gt=0)
@@ -247,7 +247,7 @@ class _Scrape:
         with self.reading():
             described = _read(folder / "run.json", _RunFile)
             recipe = described.recipe if described else None
-        self._stages(name, folder)
+        self._stages(name, folder, recipe)
         with self.reading():
             self._harvest(name, folder, recipe)
         with self.reading():
@@ -256,9 +256,10 @@ class _Scrape:
             self._evaluation(name, folder, recipe)
         self.registry(name, folder / "registry")
 
-    def _stages(self, run: str, folder: Path) -> None:
+    def _stages(self, run: str, folder: Path, recipe: _Recipe | None) -> None:
         manifests: dict[str, Manifest] = {}
-        for stage in STAGES:
+        stages = stages_of(recipe.train.rounds if recipe else 1)
+        for stage in stages:
             with self.reading():
                 if stage == TEACHER_LEDGER:
                     ledger = self._ledger(folder / stage)
@@ -273,7 +274,7 @@ class _Scrape:
                     manifests[stage] = manifest
                     self.add("distill_stage_seconds", manifest.seconds, run, stage)
         with self.reading():
-            for stage, state in stage_states(folder, manifests).items():
+            for stage, state in stage_states(folder, stages, manifests).items():
                 for other in STATES:
                     self.add("distill_stage_state", other == state, run, stage, other)
 
@@ -291,8 +292,9 @@ class _Scrape:
                 raise DataError(f"{file}: {lines} lines are no answers")
 
     def _training(self, run: str, folder: Path, recipe: _Recipe | None) -> None:
-        file = folder / "checkpoints" / "log.jsonl"
-        rows = self._seen(file)
+        """Of the newest round that has begun."""
+        logs = sorted((folder / "checkpoints").glob("r*/log.jsonl"), key=lambda file: int(file.parent.name[1:]))
+        rows = self._seen(file) if logs and (file := logs[-1]) else None
         if not rows or not rows.last:
             return
         step = _parsed(_Step, rows.last, file)

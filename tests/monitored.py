@@ -20,7 +20,7 @@ STEP = {
     "step": 3, "epoch": 0.5, "loss": 2.5, "nll": 2.25, "odds_ratio": 0.75, "accuracy": 0.5, "logp_chosen": -2.0, "logp_rejected": -2.5,
     "margin": 0.5, "grad_norm": 1.5, "learning_rate": 1e-4, "tokens_per_s": 800.0,
 }  # fmt: skip
-"""A line of checkpoints/log.jsonl."""
+"""A line of checkpoints/r0/log.jsonl."""
 
 Series = dict[tuple[str, ...], float]
 
@@ -51,8 +51,8 @@ def harvest(run: Run, *rows: Response) -> Path:
 
 def train(run: Run, **changes: float | None) -> Path:
     """Append a line to the log of the training."""
-    file = run.path / "checkpoints" / "log.jsonl"
-    file.parent.mkdir(exist_ok=True)
+    file = run.path / "checkpoints" / "r0" / "log.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as log:
         log.write(json.dumps({**STEP, **changes}) + "\n")
     return file

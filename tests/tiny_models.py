@@ -9,8 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from student_trainer.training.losses import score
-from student_trainer.training.packing import Collator, Packed
+from student_trainer.training.collate import Collator, denominators
+from student_trainer.training.losses import Weights, terms
+from student_trainer.training.packing import Packed
 from student_trainer.training.student import Student, turn_dropout_off
 
 KINDS = ["decoder-only", "encoder-decoder"]
@@ -98,6 +99,14 @@ def student(kind, **options):
     return Student(model, kind)
 
 
+def packed(name, prompt, chosen, rejected, *, weights=None, counts=None):
+    """An example whose chosen responses are each paired with every rejected one."""
+    responses = (*chosen, *rejected)
+    pairs = tuple((c, len(chosen) + r) for c in range(len(chosen)) for r in range(len(rejected)))
+    weights = weights or [1 / len(chosen)] * len(chosen)
+    return Packed(name, prompt, responses, (*weights, *[0.0] * len(rejected)), tuple(counts or [0] * len(responses)), pairs)
+
+
 def examples(count, rejected=1, seed=0, chosen=1):
     """Random examples of uneven lengths; every chosen response is paired with every rejected one."""
     draw = np.random.default_rng(seed)
@@ -105,18 +114,12 @@ def examples(count, rejected=1, seed=0, chosen=1):
     def ids(low, high):
         return tuple(draw.integers(4, VOCABULARY, draw.integers(low, high)).tolist())
 
-    pairs = tuple((c, r) for c in range(chosen) for r in range(rejected))
-    return [
-        Packed(f"e{i}", ids(4, 12), tuple(ids(1, 7) for _ in range(chosen)), tuple(ids(1, 7) for _ in range(rejected)), pairs)
-        for i in range(count)
-    ]
+    return [packed(f"e{i}", ids(4, 12), [ids(1, 7) for _ in range(chosen)], [ids(1, 7) for _ in range(rejected)]) for i in range(count)]
 
 
-def loss_of(student, batch, orpo_lambda=0.1):
+def loss_of(student, batch, weights=Weights(orpo_lambda=0.1), reference=None):  # noqa: B008
     """The loss of one batch that is a whole optimizer step."""
-    scores = score(student(batch), batch["response"], batch["chosen"], batch["pairs"])
-    tokens = int(batch["chosen"][batch["response"]].sum())
-    return scores.loss(orpo_lambda, chosen_tokens=tokens, pairs=len(batch["pairs"]))
+    return terms(student(batch), batch, weights, reference=reference).loss(weights, denominators(batch))
 
 
 def gradients(student, loss):

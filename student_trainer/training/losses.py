@@ -1,8 +1,9 @@
-"""The ORPO loss as pure tensor functions: no model, no trainer, so that NumPy in float64 can check every value."""
+"""The losses as pure tensor functions: no model, no trainer, so that NumPy in float64 can check every value."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,48 +48,134 @@ def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each label.
 
-    logits: (tokens, vocabulary) in any float type; labels: (tokens,) int64. Returns (tokens,) natural log, at least float32:
-    a softmax over tens of thousands of entries in bfloat16 would be noise.
+    logits: (tokens, vocabulary) in any float type; labels: (tokens,) int64. Returns (tokens,) natural log, at least float32.
     """
-    precise = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return -F.cross_entropy(precise, labels, reduction="none")
+    return -F.cross_entropy(precise(logits), labels, reduction="none")
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What a batch adds to the loss and to the log. Sums, not means: the denominators belong to the whole optimizer step."""
+class Weights:
+    """How much each term counts: L = NLL + orpo_lambda * L_OR + sum of (weight * KL term). 0 leaves a term out."""
+
+    orpo_lambda: float = 0.1
+    kl_reference: float = 0.0
+    kl_teacher_sequence: float = 0.0
+    kl_teacher_token: float = 0.0
+    pseudocount: float = 1.0
+    """Of `kl_teacher_token`: samples' worth of the uniform distribution mixed into every node of the prefix tree."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Denominators: of the whole optimizer step, over all its micro-batches and processes, so that parts add up to the large batch."""
+
+    chosen_tokens: float
+    """Tokens of chosen responses, each by the weight of its response."""
+    pairs: float
+    """Pairs, each by the weight of its chosen response."""
+    prompts: float
+    """Prompts with teacher samples."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a batch adds to each term of the loss: () sums that carry the gradient, in nats; 0 where a term is left out."""
 
     nll: Tensor
-    """() summed over the chosen tokens, in nats; carries the gradient."""
     odds_ratio: Tensor
-    """() L_OR summed over the pairs; carries the gradient."""
+    kl_reference: Tensor
+    kl_teacher_sequence: Tensor
+    kl_teacher_token: Tensor
     chosen: Tensor
     """(pairs,) mean log-probability of each pair's chosen response, without gradient."""
     rejected: Tensor
     """(pairs,) the same of the rejected response."""
 
-    def detached(self) -> Scores:
-        """The same numbers without their graph, to be kept."""
-        return Scores(self.nll.detach(), self.odds_ratio.detach(), self.chosen, self.rejected)
+    def loss(self, weights: Weights, counts: Counts) -> Tensor:
+        """() the loss, or a micro-batch's share of it. Source of the first two terms: Hong et al. 2024, eq. 6."""
+        loss = self.nll / max(counts.chosen_tokens, 1e-9)
+        if counts.pairs:
+            loss = loss + weights.orpo_lambda * self.odds_ratio / counts.pairs
+        if counts.chosen_tokens:
+            loss = loss + weights.kl_reference * self.kl_reference / counts.chosen_tokens
+        if counts.prompts:
+            teacher = weights.kl_teacher_sequence * self.kl_teacher_sequence + weights.kl_teacher_token * self.kl_teacher_token
+            loss = loss + teacher / counts.prompts
+        return loss
 
-    def loss(self, orpo_lambda: float, *, chosen_tokens: float, pairs: float) -> Tensor:
-        """() nll / chosen_tokens + lambda * odds_ratio / pairs. Source: Hong et al. 2024, eq. 6.
 
-        chosen_tokens, pairs: counts of the whole optimizer step, so that accumulated micro-batches add up to the large batch.
-        """
-        loss = self.nll / chosen_tokens
-        return loss + orpo_lambda * self.odds_ratio / pairs if orpo_lambda and pairs else loss
-
-
-def score(logps: Tensor, response: Tensor, chosen: Tensor, pairs: Tensor) -> Scores:
+def terms(logits: Tensor, batch: Mapping[str, Tensor], weights: Weights, *, reference: Tensor | None = None) -> Terms:
     """The sums of one batch.
 
-    logps: (tokens,) from `token_logps`, of all responses one after the other; response: (tokens,) int64, the response each
-    token belongs to; chosen: (responses,) bool; pairs: (pairs, 2) int64, indices of a chosen and a rejected response.
-    Every response must have at least one token.
+    logits: (T, vocabulary) at every predicted token; batch: as `collate.Collator` makes it; reference: logits of the frozen initial
+    student, needed where `weights.kl_reference` is not 0.
     """
-    sums = logps.new_zeros(len(chosen)).index_add(0, response, logps)
-    lengths = torch.bincount(response, minlength=len(chosen))
+    logps = token_logps(logits, batch["labels"])
+    sums = logps.new_zeros(len(batch["weights"])).index_add(0, batch["response"], logps)
+    lengths = torch.bincount(batch["response"], minlength=len(sums))
     means = sums / lengths
-    better, worse = means[pairs[:, 0]], means[pairs[:, 1]]
-    return Scores(nll=-sums[chosen].sum(), odds_ratio=odds_ratio_loss(better, worse).sum(), chosen=better.detach(), rejected=worse.detach())
+    chosen_weights = batch["weights"].to(sums.dtype)
+    better, worse = batch["pairs"][:, 0], batch["pairs"][:, 1]
+    none = sums.new_zeros(())
+    return Terms(
+        nll=-(chosen_weights * sums).sum(),
+        odds_ratio=(chosen_weights[better] * odds_ratio_loss(means[better], means[worse])).sum(),
+        kl_reference=none if reference is None else (chosen_weights[batch["response"]] * token_kl(logits, reference)).sum(),
+        kl_teacher_sequence=sequence_kl(sums, batch["shares"].to(sums.dtype)) if weights.kl_teacher_sequence else none,
+        kl_teacher_token=prefix_tree_kl(logits, batch, weights.pseudocount) if weights.kl_teacher_token else none,
+        chosen=means[better].detach(),
+        rejected=means[worse].detach(),
+    )
+
+
+def token_kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """(T,) KL(student || reference) of the next token at every position: exact there, over the whole vocabulary.
+
+    logits, reference: (T, vocabulary); the reference carries no gradient. Summed along responses that the *teacher* wrote it is no
+    estimate of the divergence between the two models as distributions over texts (that would take texts of the student's); it keeps
+    the student near its beginning along the path it is being taught.
+    """
+    student, initial = precise(logits).log_softmax(-1), precise(reference).log_softmax(-1)
+    return (student.exp() * (student - initial)).sum(-1)
+
+
+def sequence_kl(sums: Tensor, shares: Tensor) -> Tensor:
+    """() KL(q || student) over whole answers, q being the K samples of a black-box teacher: sum of share * (log share - log p(answer)).
+
+    sums: (responses,) log-probability of each whole response; shares: (responses,) the share of a prompt's samples that said it, 0 for
+    others. Summed over prompts. It is the NLL of the samples up to their entropy, which the student cannot change. Samples at temperature 1
+    from the whole distribution (top_p 1) make its gradient an unbiased estimate of that of KL(teacher || student); its value is
+    biased upwards, as K samples have less entropy than the teacher. At another temperature the same holds for the tempered teacher.
+    """
+    said = shares > 0
+    return (shares[said] * (shares[said].log() - sums[said])).sum()
+
+
+def prefix_tree_kl(logits: Tensor, batch: Mapping[str, Tensor], pseudocount: float) -> Tensor:
+    """() EXPERIMENTAL. Token KL(q || student) at the nodes of the K samples' prefix tree, each by the share of samples that pass it.
+    Summed over prompts.
+
+    At a node that n of K samples pass, of which c_v go on with v: q(v) = (c_v + a / V) / (n + a), a the pseudo-count, V the vocabulary.
+    a = 0 gives `sequence_kl` (chain rule); K = 1 gives label smoothing by a / (1 + a). Smoothing makes it a biased estimate of
+    KL(teacher || student) for any a > 0: mass goes to tokens that the teacher may never say. What it buys is a bound: at nodes one sample
+    has passed, q is not certain.
+
+    batch: `visits` (T,) n of each token's node, `mass` (T,) share of the samples that say the token's response; `edges` (E, 2) a token's
+    index and a token id that follows its node; `edge_counts` (E,) how many samples follow it.
+    """
+    logps = precise(logits).log_softmax(-1)
+    visits, vocabulary = batch["visits"].to(logps.dtype), logps.shape[-1]
+    token, follows = batch["edges"][:, 0], batch["edges"][:, 1]
+    smooth = pseudocount / (vocabulary * (visits + pseudocount))  # (T,) q of whatever no sample went on with
+    said = batch["edge_counts"] / (visits + pseudocount)[token] + smooth[token]
+    divergence = said * said.log() - (said - smooth[token]) * logps[token, follows]
+    divergence = logps.new_zeros(len(logps)).index_add(0, token, divergence)
+    if pseudocount:
+        unsaid = vocabulary - torch.bincount(token, minlength=len(logps))
+        divergence = divergence + smooth * (unsaid * smooth.log() - logps.sum(-1))
+    return (batch["mass"].to(logps.dtype) * divergence).sum()
+
+
+def precise(logits: Tensor) -> Tensor:
+    """At least float32: a softmax over tens of thousands of entries in bfloat16 would be noise."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

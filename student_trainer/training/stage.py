@@ -1,8 +1,11 @@
-"""The training stage of a run: triplets in, a student folder out, resumable at any instant."""
+"""One round of training as a stage of a run: triplets in, a student folder out, resumable at any instant."""
 
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,63 +14,179 @@ import torch
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from shared.artifacts import Ledger, Run, Stage, new_directory, read_json, read_jsonl, sha256_file, write_json
-from shared.commands import Progress
-from shared.contracts import Manifest, Triplet
+from shared.artifacts import Ledger, Run, new_directory, read_json, read_jsonl, sha256_file, write_json
+from shared.contracts import Response, Triplet
+from shared.datasets.stage import prepare
 from shared.errors import TrainingError
 from shared.models import hugging_face_model
+from shared.prompts import zero_shot
 from shared.settings import TrainSettings
-from student_trainer.training.packing import Collator, Packer, group
-from student_trainer.training.student import Student, load, native_bf16, refuse_unless_packable
-from student_trainer.training.trainer import LogRow, OrpoTrainer, arguments, checkpoints, remove_checkpoint
+from student_trainer.training.collate import Collator
+from student_trainer.training.losses import Weights
+from student_trainer.training.packing import Packer, group, samples_by_example
+from student_trainer.training.record import LogRow, Recorder
+from student_trainer.training.rounds import checkpoint_stage, first_does, is_first, stage_name
+from student_trainer.training.student import ADAPTER, Student, load, native_bf16, refuse_unless_packable
+from student_trainer.training.trainer import WEIGHTS, OrpoTrainer, arguments, checkpoints, load_weights, remove_checkpoint
+from student_trainer.training.validation import BEST, Answerer, ValidationRow, Validator
+from student_trainer.triplets.ranking import rouge_l
 
 
-def train(run: Run, stage: Stage) -> Manifest:
-    """Train `recipe.student.model` on RUN/triplets/r0; write RUN/checkpoints/student (float32), log.jsonl and the manifest.
+def train(run: Run, number: int) -> None:
+    """Train the student of round `number` on RUN/triplets/rN; write RUN/checkpoints/rN: student/ (float32), log.jsonl, the manifest.
 
-    Raises TrainingError, DataError, StorageError. Whatever happens, the last whole checkpoint stays, and the next call goes on
-    from it to the same student.
+    Round 0 begins with `recipe.student.model`, a later one with the student of the round before. Of torchrun's processes all call this.
+    Raises TrainingError, DataError, StorageError. Whatever happens, the last whole checkpoint stays, and the next call goes on from it to
+    the same student.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    recipe, settings = run.recipe, run.recipe.train
-    triplets = run.path / "triplets" / "r0" / "triplets.jsonl"
-    examples = group(read_jsonl(triplets, Triplet))
-    with Ledger(stage.path / "log.jsonl", LogRow):  # its lock: no other trainer is at work here
-        forget_other_triplets(stage.path, sha256_file(triplets))
-
-    with Ledger(stage.path / "log.jsonl", LogRow, sync_every_s=0.0) as log:
-        set_seed(recipe.seed)
-        args = arguments(settings, stage.path, seed=recipe.seed)
+    recipe, settings, folder = run.recipe, run.recipe.train, run.path / stage_name(number)
+    file = run.path / "triplets" / f"r{number}" / "triplets.jsonl"
+    said = samples_by_example(read_jsonl(run.path / "responses/teacher/responses.jsonl", Response)) if settings.learns_samples else None
+    examples = group(read_jsonl(file, Triplet), said)
+    with ExitStack() as files:
+        stage = checkpoint_stage(run, number) if is_first() else None
+        log = validations = None
+        if stage:
+            with Ledger(folder / "log.jsonl", LogRow):  # its lock: no other trainer is at work here
+                forget_other_inputs(folder, sha256_file(file))
+            log = files.enter_context(Ledger(folder / "log.jsonl", LogRow, sync_every_s=0.0))
+            validations = files.enter_context(Ledger(folder / "validation.jsonl", ValidationRow, sync_every_s=0.0))
+        first_does(lambda: None)  # the others read no checkpoint that is about to go
+        seed = recipe.seed + number
+        set_seed(seed)
+        args = arguments(settings, folder, seed=seed)
         bf16 = uses_bf16(settings, args.device)
-        student, tokenizer = load(hugging_face_model(recipe.student.model), settings, bf16=bf16)
+        if is_first():
+            print(f"train: loading {recipe.student.model}", flush=True)
+        student, tokenizer, reference = students(run, number, bf16=bf16, device=args.device)
         packer = Packer(
             tokenizer, student.kind, max_prompt_tokens=settings.max_prompt_tokens, max_response_tokens=settings.max_response_tokens
         )
         rows, census = packer.pack(examples)
         collator = collator_for(student, tokenizer, settings)
-        refuse_unless_packable(student, collator, rows[0])
-        recorder = Recorder(log)
-        trainer = OrpoTrainer(student, rows, collator, args, orpo_lambda=settings.orpo_lambda, on_row=recorder.record)
-        trainer.add_callback(recorder)
+        refuse_unless_packable(student, collator, max(rows, key=lambda row: row.length))
+        recorder = Recorder(log) if log else None
+        trainer = OrpoTrainer(
+            student,
+            rows,
+            collator,
+            args,
+            weights=weights_of(settings),
+            on_row=recorder.record if recorder else lambda row: None,
+            reference=reference,
+        )
+        if recorder:
+            trainer.add_callback(recorder)
+        validator = validator_for(run, student, packer, collator, folder, validations)
+        if validator:
+            trainer.add_callback(validator)
+        trainer.add_callback(Checkpointing(folder, every_s=60 * settings.checkpoint_minutes, keep=settings.keep_checkpoints))
         trainer.go_on()
-        counts = {
-            **asdict(census),
-            "padding_ratio": round(trainer.padding_ratio(), 3),
-            "parameters": sum(p.numel() for p in student.parameters()),
-            "trained_parameters": sum(p.numel() for p in student.trained().values()),
-            "device": str(args.device),
-            "last_step": log.rows()[-1].model_dump(),
-        }
-        save(student, tokenizer, stage.path / "student")
+        best = best_of(folder, student) if validator else None
+        if stage and log:
+            last = log.rows()
+            counts = {
+                **asdict(census),
+                "padding_ratio": round(sum(row.padding_ratio for row in last) / len(last), 3),
+                "parameters": sum(p.numel() for p in student.parameters()),
+                "trained_parameters": sum(p.numel() for p in student.trained().values()),
+                "device": str(args.device),
+                "processes": args.world_size,
+                "last_step": last[-1].model_dump(),
+                "best_validation": best.model_dump() if best else None,
+            }
+            save(student, tokenizer, folder)
+            outputs = [folder / "student", folder / "log.jsonl", folder / "validation.jsonl"]
+            if student.adapted is not None:
+                outputs.append(folder / ADAPTER)
+            stage.finish(
+                outputs,
+                settings={**settings.model_dump(mode="json"), "student": recipe.student.model, "seed": seed, "bf16": bf16},
+                counts=counts,
+            )
+            clear(folder)
+        first_does(lambda: None)  # no process leaves while another one may need it
 
-    manifest = stage.finish(
-        [stage.path / "student", stage.path / "log.jsonl"],
-        settings={**settings.model_dump(mode="json"), "student": recipe.student.model, "seed": recipe.seed, "bf16": bf16},
-        counts=counts,
+
+def students(run: Run, number: int, *, bf16: bool, device: torch.device) -> tuple[Student, Any, Student | None]:
+    """The student that a round begins with, its tokenizer, and the frozen initial student if `kl_reference` needs one.
+
+    With LoRA the adapter of the round before is trained on, and the initial student is the same model with its adapter off.
+    """
+    settings, model = run.recipe.train, hugging_face_model(run.recipe.student.model)
+    before = run.path / stage_name(number - 1) if number else None
+    start = str(before / "student") if before and not settings.lora_rank else model
+    student, tokenizer = load(start, settings, bf16=bf16, adapter=before / ADAPTER if before and settings.lora_rank else None)
+    if not settings.kl_reference or settings.lora_rank:
+        return student, tokenizer, None
+    reference, _ = load(model, TrainSettings(), bf16=bf16)
+    return student, tokenizer, reference.eval().requires_grad_(False).to(device)
+
+
+def weights_of(settings: TrainSettings) -> Weights:
+    return Weights(
+        orpo_lambda=settings.orpo_lambda,
+        kl_reference=settings.kl_reference,
+        kl_teacher_sequence=settings.kl_teacher_sequence,
+        kl_teacher_token=settings.kl_teacher_token,
+        pseudocount=settings.kl_teacher_pseudocount,
     )
-    clear(stage.path)
-    return manifest
+
+
+def validator_for(
+    run: Run, student: Student, packer: Packer, collator: Collator, folder: Path, ledger: Ledger[ValidationRow] | None
+) -> Validator | None:
+    """What validates this student; None where the settings want none. Raises TrainingError where there is nothing to compare with."""
+    settings, recipe = run.recipe.train, run.recipe
+    if not settings.validate_every:
+        return None
+    rows = [e for e in prepare(run)["validation"] if e.summary is not None][: settings.validation_rows]
+    if not rows:
+        raise TrainingError(
+            "train.validate_every: no validation row has a reference to compare answers with; give train.validate_every=0 to take the "
+            "student after the last step, or a data set with references"
+        )
+    answer = Answerer(student, packer.tokenizer, collator.pad_token_id, recipe.evaluate.max_tokens, recipe.evaluate.stop)
+    similarity = rouge_l()
+
+    def score(answers: Sequence[str]) -> float:
+        return sum(similarity(e.summary or "", text) for e, text in zip(rows, answers, strict=True)) / len(rows)
+
+    return Validator(
+        answer,
+        [packer.prompt(zero_shot(recipe.task, e.question)) for e in rows],
+        score,
+        folder,
+        ledger,
+        every=settings.validate_every,
+        patience=settings.patience,
+    )
+
+
+def best_of(folder: Path, student: Student) -> ValidationRow | None:
+    """Put the best validated weights into the student; returns their validation, in the process that has the ledger."""
+    load_weights(student, folder / BEST / WEIGHTS)
+    return max(read_jsonl(folder / "validation.jsonl", ValidationRow), key=lambda row: (row.rouge_l, -row.step))
+
+
+class Checkpointing(TrainerCallback):  # type: ignore[misc]
+    """Asks for a checkpoint when the last one is too long ago, and removes those that are too many."""
+
+    def __init__(self, folder: Path, *, every_s: float, keep: int) -> None:
+        self._folder, self._every_s, self._keep = folder, every_s, keep
+        self._saved_at = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if first_does(lambda: time.monotonic() - self._saved_at >= self._every_s):
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved_at = time.monotonic()
+        if is_first():
+            for older in checkpoints(self._folder)[: -self._keep]:
+                remove_checkpoint(older)
 
 
 def refuse_without_gpu() -> None:
@@ -79,12 +198,13 @@ def refuse_without_gpu() -> None:
         )
 
 
-def forget_other_triplets(folder: Path, digest: str) -> None:
+def forget_other_inputs(folder: Path, digest: str) -> None:
     """Remove what was trained on triplets of another SHA-256, and what a killed process left half done."""
     note = folder / "inputs.json"
     if not note.exists() or read_json(note) != {"triplets_sha256": digest}:
         clear(folder)
-        (folder / "log.jsonl").unlink()
+        for ledger in ("log.jsonl", "validation.jsonl"):
+            (folder / ledger).unlink(missing_ok=True)
         write_json(note, {"triplets_sha256": digest})
     sweep(folder)
 
@@ -93,6 +213,7 @@ def clear(folder: Path) -> None:
     """Remove all checkpoints."""
     for checkpoint in checkpoints(folder):
         remove_checkpoint(checkpoint)
+    shutil.rmtree(folder / BEST, ignore_errors=True)
     sweep(folder)
 
 
@@ -115,31 +236,18 @@ def collator_for(student: Student, tokenizer: Any, settings: TrainSettings) -> C
         pad_token_id=pad,
         start_token_id=student.model.config.decoder_start_token_id if student.kind == "encoder-decoder" else None,
         with_rejected=settings.orpo_lambda > 0,
+        with_samples=settings.learns_samples,
     )
 
 
-class Recorder(TrainerCallback):  # type: ignore[misc]
-    """Writes a log line for every step, once: steps repeated after a kill are in the log already."""
-
-    def __init__(self, log: Ledger[LogRow]) -> None:
-        logged = log.rows()
-        self._log, self._logged = log, logged[-1].step if logged else 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress = Progress("train", state.max_steps, unit="steps", done=state.global_step, every_s=5.0)
-
-    def record(self, row: LogRow) -> None:
-        if row.step > self._logged:
-            self._log.append(row)
-            self._logged = row.step
-        note = f"loss {row.loss:.3f}, nll {row.nll:.3f}"
-        if row.odds_ratio is not None:
-            note += f", odds ratio {row.odds_ratio:.3f}, accuracy {row.accuracy:.2f}, margin {row.margin:.2f}"
-        self._progress.step(note=f"{note}, {row.tokens_per_s:.0f} tokens/s")
-
-
 def save(student: Student, tokenizer: Any, folder: Path) -> None:
-    """The trained model as a Hugging Face folder in float32: bfloat16 would round away what small learning rates changed."""
-    with new_directory(folder) as temporary:
+    """The trained model as a Hugging Face folder in float32: bfloat16 would round away what small learning rates changed.
+
+    With LoRA also the adapter alone, in peft's format.
+    """
+    if student.adapted is not None:
+        with new_directory(folder / ADAPTER) as temporary:
+            student.adapted.save_pretrained(temporary)
+    with new_directory(folder / "student") as temporary:
         student.merged().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

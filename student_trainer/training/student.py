@@ -1,4 +1,4 @@
-"""The student as the trainer sees it: packed rows in, log-probabilities of the responses' tokens out."""
+"""The student as the trainer sees it: packed rows in, logits at the responses' tokens out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from shared.errors import TrainingError
 from shared.settings import TrainSettings
+from student_trainer.training.collate import Collator, visible
 from student_trainer.training.losses import token_logps
-from student_trainer.training.packing import Collator, Kind, Packed, visible
+from student_trainer.training.packing import Kind, Packed
 
 RELATIVE_POSITION_MODELS = ("t5", "mt5", "umt5")
 """Encoder-decoders whose decoder knows only distances between tokens, so that responses can stand beside each other."""
+ADAPTER = "adapter"
+"""The folder of a round's LoRA in peft's format."""
 LARGEST_ERROR = 1e-2
 """In nats a token: how far packed float32 log-probabilities may be from unpacked ones. Wrong masks are off by whole nats."""
 
@@ -31,16 +34,35 @@ class Student(nn.Module):
         """The peft model around `model`, if LoRA is trained."""
 
     @property
-    def device_type(self) -> str:
-        return str(next(self.parameters()).device.type)
+    def _no_split_modules(self) -> list[str]:
+        """What FSDP shards as one: the model's blocks."""
+        return sorted(self.model._no_split_modules or ())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _precision(self) -> Any:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        """(tokens,) float32 or float64 log-probabilities of `batch["labels"]`, a batch as `packing.Collator` makes it."""
-        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16):
+        """(T, vocabulary) logits that predict `batch["labels"]`, a batch as `collate.Collator` makes it."""
+        with self._precision():
             hidden = self._decode(batch) if self.kind == "encoder-decoder" else self._continue(batch)
             # the head is a tenth of the work at every position it runs on: run it only where a response token is predicted
-            logits = self.model.get_output_embeddings()(hidden[batch["rows"], batch["columns"]])
-        return token_logps(logits, batch["labels"])
+            logits: Tensor = self.model.get_output_embeddings()(hidden[batch["rows"], batch["columns"]])
+        return logits
+
+    def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+        """(B, tokens) greedy answers to padded prompts (`input_ids`, `attention_mask`), without the prompts; padded behind their end."""
+        with torch.no_grad(), self._precision():
+            found: Tensor = self.model.generate(**inputs, do_sample=False, num_beams=1, **options)
+        return found[:, 1 if self.kind == "encoder-decoder" else inputs["input_ids"].shape[1] :]
+
+    def initial_logits(self, batch: dict[str, Any]) -> Tensor:
+        """(T, vocabulary) logits of the student before any LoRA: the reference of `kl_reference`. No gradient."""
+        with torch.no_grad(), self.adapted.disable_adapter():
+            return self(batch)  # type: ignore[no-any-return]
 
     def _continue(self, batch: dict[str, Any]) -> Tensor:
         """(B, S, hidden) of a decoder-only model."""
@@ -73,8 +95,10 @@ class Student(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
-def load(source: str | Path, settings: TrainSettings, *, bf16: bool) -> tuple[Student, Any]:
+def load(source: str | Path, settings: TrainSettings, *, bf16: bool, adapter: Path | None = None) -> tuple[Student, Any]:
     """Student and tokenizer from a folder or a Hub name: float32 weights, no dropout, frozen or adapted as the settings say.
+
+    adapter: LoRA of an earlier round, to be trained on instead of a new one.
 
     Raises TrainingError for a model that cannot be read or is of a kind that cannot be packed.
     """
@@ -94,8 +118,10 @@ def load(source: str | Path, settings: TrainSettings, *, bf16: bool) -> tuple[St
     tell_truth_about_tying(model)
     turn_dropout_off(model)
     freeze_lowest(student, settings.frozen_layers)
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.lora_rank:
-        adapt(student, settings.lora_rank)
+        adapt(student, settings.lora_rank, adapter)
     return student, tokenizer
 
 
@@ -142,9 +168,16 @@ def freeze_lowest(student: Student, layers: int) -> None:
     student.model.get_input_embeddings().requires_grad_(False)
 
 
-def adapt(student: Student, rank: int) -> None:
-    """Train LoRA of this rank (alpha = 2 * rank) on all linear layers above the frozen ones instead of the weights themselves."""
-    from peft import LoraConfig, get_peft_model
+def adapt(student: Student, rank: int, adapter: Path | None = None) -> None:
+    """Train LoRA of this rank (alpha = 2 * rank) on all linear layers above the frozen ones instead of the weights themselves.
+
+    adapter: the folder of one to go on with.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if adapter is not None:
+        student.adapted = PeftModel.from_pretrained(student.model, adapter, is_trainable=True)
+        return
 
     frozen = [m for stack in blocks(student) for block in stack for m in block.modules() if not _trainable(m)]
     linear = [
@@ -176,14 +209,14 @@ def refuse_unless_packable(student: Student, collator: Collator, example: Packed
     That is what makes any decoder-only architecture safe: one that ignores 4-D masks or position ids, windows its attention
     or scales its logits is refused instead of trained wrongly.
     """
-    device = next(student.parameters()).device
+    device = student.device
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collator([example]).items()}
     prompt = torch.tensor([example.prompt], device=device)
     exact = type(student)(student.model, student.kind)
     with torch.no_grad():
-        packed, single = exact(batch), []
-        for ids in [*example.chosen, *example.rejected][: len(batch["chosen"])]:
-            labels = torch.tensor(ids, device=device)
+        packed, single = token_logps(exact(batch), batch["labels"]), []
+        for index in collator.used(example):
+            labels = torch.tensor(example.responses[index], device=device)
             if student.kind == "decoder-only":
                 row = torch.cat([prompt, labels[None, :-1]], dim=1)
                 logits = student.model(input_ids=row, use_cache=False).logits[0, len(example.prompt) - 1 :]

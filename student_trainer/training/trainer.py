@@ -1,77 +1,46 @@
-"""ORPO on packed rows: a `transformers.Trainer` that gives the same result however often it is killed."""
+"""ORPO on packed rows: a `transformers.Trainer` that gives the same result on any layout and however often it is killed."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from shared.artifacts import new_directory, read_json, temporary_name
-from shared.contracts import Contract
 from shared.errors import TrainingError
 from shared.settings import TrainSettings
-from student_trainer.training.losses import Scores, score
-from student_trainer.training.packing import Collator, Packed, cells
+from student_trainer.training.collate import Collator, LengthGrouped, blank, cells, denominators
+from student_trainer.training.losses import Counts, Terms, Weights, terms
+from student_trainer.training.packing import Packed
+from student_trainer.training.record import LogRow
+from student_trainer.training.rounds import PATIENCE
 from student_trainer.training.student import Student
 
 WEIGHTS = "trained.safetensors"
 """What a checkpoint holds of the weights: only those that training changes."""
-
-
-class LogRow(Contract):
-    """One optimizer step. Log-probabilities are means over a response's tokens, in nats."""
-
-    step: int
-    epoch: float
-    loss: float
-    nll: float
-    """A chosen token."""
-    odds_ratio: float | None = None
-    """L_OR a pair; like the rest below None without rejected responses."""
-    accuracy: float | None = None
-    """Share of pairs whose chosen response is the more likely one, by mean log-probability."""
-    logp_chosen: float | None = None
-    logp_rejected: float | None = None
-    margin: float | None = None
-    """logp_chosen - logp_rejected."""
-    grad_norm: float
-    learning_rate: float
-    tokens_per_s: float
-    """Tokens of packed rows, without padding, by the seconds of the step."""
-
-
-class LengthGrouped(Sampler[int]):
-    """Examples shuffled, then grouped by length so that batches hold little padding.
-
-    The order depends on the seed and the epoch alone. (Trainer's own "group_by_length" draws it from the global random
-    state, which a resumed run no longer has: it would see other batches.)
-    """
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
+OUT_OF_MEMORY = (
+    "out of memory at step {step}; lower train.batch_size (and raise train.gradient_accumulation by as much: the result is the same), "
+    "train.max_prompt_tokens or triplets.max_rejected, or set train.activation_checkpointing=true, train.frozen_layers or "
+    "train.lora_rank. The last checkpoint is kept"
+)
+NEVER = 10**9
 
 
 def arguments(settings: TrainSettings, output: Path, *, seed: int) -> TrainingArguments:
-    """What `Trainer` must know of our settings. One device; `checkpoint-N` folders go to `output`."""
+    """What `Trainer` must know of our settings. One device a process; `checkpoint-N` folders go to `output`."""
     args = TrainingArguments(
         output_dir=str(output),
         num_train_epochs=settings.epochs,
@@ -86,21 +55,53 @@ def arguments(settings: TrainSettings, output: Path, *, seed: int) -> TrainingAr
         optim="adamw_torch_fused",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=settings.checkpoint_steps,
+        save_strategy="steps",  # and after the last one
+        save_steps=settings.checkpoint_steps or NEVER,
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=[],
+        report_to=list(settings.report_to),
         seed=seed,
         dataloader_pin_memory=False,
+        ddp_timeout=int(PATIENCE.total_seconds()),
+        fsdp=settings.fsdp or None,
+        fsdp_config={"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
+        if settings.fsdp
+        else None,
     )
     assert args.device is not None  # reading it counts the devices, which the next line overrides
     args._n_gpu = 1  # several would mean nn.DataParallel, which would split a packed batch
     return args
 
 
+@dataclass
+class _Step:
+    """Sums of one optimizer step over the micro-batches of one process."""
+
+    nll: float = 0.0
+    odds_ratio: float = 0.0
+    kl_reference: float = 0.0
+    kl_teacher_sequence: float = 0.0
+    kl_teacher_token: float = 0.0
+    pairs: int = 0
+    preferred: int = 0
+    logp_chosen: float = 0.0
+    logp_rejected: float = 0.0
+    tokens: int = 0
+    cells: int = 0
+
+    def add(self, found: Terms, batch: dict[str, Any]) -> None:
+        for name in ("nll", "odds_ratio", "kl_reference", "kl_teacher_sequence", "kl_teacher_token"):
+            setattr(self, name, getattr(self, name) + getattr(found, name).item())
+        self.pairs += len(found.chosen)
+        self.preferred += int((found.chosen > found.rejected).sum())
+        self.logp_chosen += found.chosen.sum().item()
+        self.logp_rejected += found.rejected.sum().item()
+        tokens, all_cells = cells(batch)
+        self.tokens, self.cells = self.tokens + tokens, self.cells + all_cells
+
+
 class OrpoTrainer(Trainer):  # type: ignore[misc]
-    """L = NLL of the chosen tokens + lambda * mean L_OR of the pairs, both over the whole optimizer step."""
+    """L = NLL + lambda * L_OR + KL terms, each over the whole optimizer step: all its micro-batches on all processes."""
 
     # our denominators already span all micro-batches: Trainer must not divide by their number once more
     loss_is_scaled_for_ga = True
@@ -112,119 +113,157 @@ class OrpoTrainer(Trainer):  # type: ignore[misc]
         collator: Collator,
         args: TrainingArguments,
         *,
-        orpo_lambda: float,
+        weights: Weights,
         on_row: Callable[[LogRow], None],
+        reference: Student | None = None,
     ) -> None:
-        """on_row: called with every step's row, before the step's checkpoint is written."""
-        super().__init__(model=student, args=args, train_dataset=rows, data_collator=collator)
+        """on_row: called with every step's row, before the step's checkpoint is written; reference: the frozen initial student, needed
+        for `weights.kl_reference` unless the student has an adapter that can be turned off.
+        """
+        # the blank fills up last batches where there are several processes; nothing else reaches it
+        super().__init__(model=student, args=args, train_dataset=[*rows, blank(rows[0])], data_collator=collator)
         self.remove_callback(PrinterCallback)
-        self._lambda, self._on_row = orpo_lambda, on_row
-        self._step: list[tuple[Scores, int]] = []
+        self.student, self._reference, self._weights, self._on_row = student, reference, weights, on_row
+        self._step, self._counts, self._step_began = _Step(), Counts(1.0, 0.0, 0.0), time.monotonic()
         self._writing_to = Path(args.output_dir or ".")
-        self._counts = (1.0, 0.0)
-        self._step_began = time.monotonic()
 
     def go_on(self) -> None:
-        """Train to the end, from the last checkpoint if there is one."""
+        """Train to the end, from the last checkpoint if there is one. Raises TrainingError."""
         found = checkpoints(Path(self.args.output_dir))
-        if not found:
-            self.train()
-            return
-        state = read_json(found[-1] / "trainer_state.json")
-        if state["global_step"] < state["max_steps"]:
-            self.train(resume_from_checkpoint=str(found[-1]))
-        else:  # killed between the last step and the end of the stage
-            self._load_from_checkpoint(str(found[-1]))
-
-    def padding_ratio(self) -> float:
-        """All cells of the first epoch's batches by those that hold a token."""
-        order, size = list(self._get_train_sampler()), self.args.train_batch_size
-        batches = [self.data_collator([self.train_dataset[i] for i in order[k : k + size]]) for k in range(0, len(order), size)]
-        real, total = map(sum, zip(*map(cells, batches), strict=True))
-        return total / real
+        try:
+            if not found:
+                self.train()
+                return
+            state = read_json(found[-1] / "trainer_state.json")
+            if state["global_step"] < state["max_steps"]:
+                self.train(resume_from_checkpoint=str(found[-1]))
+            else:  # killed between the last step and the end of the stage
+                self._load_from_checkpoint(str(found[-1]))
+        except torch.OutOfMemoryError as exc:
+            raise TrainingError(OUT_OF_MEMORY.format(step=self.state.global_step + 1)) from exc
+        except RuntimeError as exc:
+            if "not enough memory" not in str(exc):  # a processor's allocator says it in words alone
+                raise
+            raise TrainingError(OUT_OF_MEMORY.format(step=self.state.global_step + 1)) from exc
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGrouped([row.length for row in self.train_dataset], size, self.args.seed)
+        size = self.args.train_batch_size * self.args.world_size
+        lengths = [row.length for row in self.train_dataset[:-1]]
+        whole = size * self.args.gradient_accumulation_steps
+        return LengthGrouped(lengths, whole, self.args.seed, multiple_of=size if self.args.world_size > 1 else 1)
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """(2,) chosen tokens and pairs of the whole optimizer step."""
-        self._step, self._step_began = [], time.monotonic()
-        tokens = sum(int(b["chosen"][b["response"]].sum()) for b in batch_samples)
-        self._counts = (tokens, sum(len(b["pairs"]) for b in batch_samples))
-        return torch.tensor(self._counts)
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> None:
+        """Count the denominators of the whole optimizer step, over all processes."""
+        self._step, self._step_began = _Step(), time.monotonic()
+        self._counts = Counts(**self._over_all_processes([asdict(denominators(b)) for b in batch_samples]))
+
+    def _over_all_processes(self, rows: list[dict[str, float]]) -> dict[str, float]:
+        """Each number summed over `rows` and over the processes."""
+        sums = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64, device=self.args.device).sum(0)
+        return dict(zip(rows[0], self.accelerator.reduce(sums, "sum").tolist(), strict=True))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """() loss of a micro-batch. Raises TrainingError naming the examples if it is not finite."""
-        assert isinstance(num_items_in_batch, Tensor)
-        chosen_tokens, pairs = num_items_in_batch.tolist()
-        scores = score(model(inputs), inputs["response"], inputs["chosen"], inputs["pairs"])
-        loss = scores.loss(self._lambda, chosen_tokens=chosen_tokens, pairs=pairs)
+        """() a micro-batch's share of the loss. Raises TrainingError naming the examples if it is not finite."""
+        reference = None
+        if self._weights.kl_reference:
+            with torch.no_grad():
+                reference = self._reference(inputs) if self._reference is not None else self.student.initial_logits(inputs)
+        found = terms(model(inputs), inputs, self._weights, reference=reference)
+        loss = found.loss(self._weights, self._counts)
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, on examples {', '.join(inputs['example_ids'])}; lower "
                 "train.learning_rate or set train.precision=fp32. The last checkpoint is kept"
             )
-        self._step.append((scores.detached(), cells(inputs)[0]))
-        return loss
+        self._step.add(found, inputs)
+        whole: Tensor = loss * self.args.world_size
+        return whole  # gradients are averaged over the processes, and the shares must be summed
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Complete the row of a step from what `compute_loss` kept."""
         if "loss" not in logs:  # Trainer's own summary at the end
             return
         seconds = time.monotonic() - self._step_began
-        chosen_tokens, pairs = self._counts
+        sums, counts, weights = self._over_all_processes([asdict(self._step)]), self._counts, self._weights
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            raise TrainingError(
+                f"the gradient is not finite at step {self.state.global_step}; lower train.learning_rate or set train.precision=fp32. "
+                "The last checkpoint is kept"
+            )
         row = {
             "step": self.state.global_step,
             "epoch": self.state.epoch,
             "loss": logs["loss"],
-            "nll": sum(s.nll.item() for s, _ in self._step) / chosen_tokens,
+            "nll": sums["nll"] / counts.chosen_tokens,
             "grad_norm": logs.get("grad_norm", 0.0),
             "learning_rate": logs["learning_rate"],
-            "tokens_per_s": sum(t for _, t in self._step) / seconds,
+            "tokens_per_s": sums["tokens"] / seconds,
+            "padding_ratio": sums["cells"] / sums["tokens"],
         }
-        if pairs:
-            chosen = torch.cat([s.chosen for s, _ in self._step])
-            rejected = torch.cat([s.rejected for s, _ in self._step])
+        if sums["pairs"]:
+            chosen, rejected = sums["logp_chosen"] / sums["pairs"], sums["logp_rejected"] / sums["pairs"]
             row |= {
-                "odds_ratio": sum(s.odds_ratio.item() for s, _ in self._step) / pairs,
-                "accuracy": (chosen > rejected).double().mean().item(),
-                "logp_chosen": chosen.mean().item(),
-                "logp_rejected": rejected.mean().item(),
-                "margin": (chosen - rejected).mean().item(),
+                "odds_ratio": sums["odds_ratio"] / counts.pairs,
+                "accuracy": sums["preferred"] / sums["pairs"],
+                "logp_chosen": chosen,
+                "logp_rejected": rejected,
+                "margin": chosen - rejected,
             }
+        if weights.kl_reference:
+            row["kl_reference"] = sums["kl_reference"] / counts.chosen_tokens
+        for name in ("kl_teacher_sequence", "kl_teacher_token"):
+            if getattr(weights, name):
+                row[name] = sums[name] / max(counts.prompts, 1.0)
         self._on_row(LogRow.model_validate(row))
+        super().log({name: value for name, value in row.items() if name not in ("step", "epoch")})  # for `train.report_to`
+        del self.state.log_history[:]  # log.jsonl has it; here it would make every checkpoint longer
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write checkpoint-N whole or not at all, then remove the one before."""
-        output = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        with new_directory(output / name) as temporary:
-            self._writing_to = temporary
+        """Write checkpoint-N whole or not at all."""
+        name, first = f"checkpoint-{self.state.global_step}", self.args.should_save
+        whole = new_directory(Path(self.args.output_dir) / name) if first else contextlib.nullcontext(Path())
+        with whole as temporary:
+            self._writing_to = Path(broadcast_object_list([str(temporary)])[0])  # the first process's, made by now
             super()._save_checkpoint(model, trial)
-            for file in (temporary / name).iterdir():
-                file.rename(temporary / file.name)
-            (temporary / name).rmdir()
-        for older in checkpoints(output)[:-1]:
-            remove_checkpoint(older)
+            self.accelerator.wait_for_everyone()
+            if first:
+                for file in (temporary / name).iterdir():
+                    file.rename(temporary / file.name)
+                (temporary / name).rmdir()
+        self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing_to)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in self.model.trained().items()}, folder / WEIGHTS)
+        folder, weights = Path(output_dir or self.args.output_dir), whole_weights(self.student)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved, trained = load_file(Path(resume_from_checkpoint) / WEIGHTS), self.model.trained()
-        if saved.keys() != trained.keys():
-            raise TrainingError(f"{resume_from_checkpoint} holds other weights than this student trains; remove it to begin anew")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
+        load_weights(self.student, Path(resume_from_checkpoint) / WEIGHTS)
+
+
+def whole_weights(student: Student) -> dict[str, Tensor]:
+    """The trained weights by name, each whole on this device: FSDP leaves a process only a part of each."""
+    weights = {name: p.detach() for name, p in student.trained().items()}
+    return {name: (w.full_tensor() if isinstance(w, DTensor) else w).contiguous() for name, w in weights.items()}
+
+
+def load_weights(student: Student, file: Path) -> None:
+    """Put trained weights back in their places. Raises TrainingError for those of another student."""
+    saved, trained = load_file(file), student.trained()
+    if saved.keys() != trained.keys():
+        raise TrainingError(f"{file.parent} holds other weights than this student trains; remove it to begin anew")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            weight = saved[name].to(parameter.device)
+            if isinstance(parameter, DTensor):  # under FSDP each process keeps its part
+                weight = distribute_tensor(weight, parameter.device_mesh, parameter.placements)
+            parameter.copy_(weight)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The stage triplets/r0: all answers of a run ranked into preferences, every row accounted for, no test row let in."""
+"""The stages triplets/rN: all answers of a run ranked into preferences, every row accounted for, no test row let in."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.artifacts import Run, read_jsonl, write_jsonl
+from shared.artifacts import Run, read_jsonl, sha256_bytes, write_jsonl
 from shared.commands import Progress
-from shared.contracts import Example, Response, Split, Triplet
+from shared.contracts import Example, Response, Source, Split, Triplet
 from shared.datasets.rows import normalise
 from shared.datasets.stage import prepare
 from shared.errors import DataError, LeakageError
@@ -19,8 +19,20 @@ from student_trainer.triplets.candidates import Candidate, gather
 from student_trainer.triplets.pairs import Pairs, pair
 from student_trainer.triplets.ranking import Similarity, by_consensus, by_reference, by_source, rouge_l
 
-STAGE = "triplets/r0"
-TEACHER, STUDENT = "responses/teacher", "responses/student-r0"
+TEACHER = "responses/teacher"
+
+
+def stage_name(number: int) -> str:
+    """Of the triplets for a round of training."""
+    return f"triplets/r{number}"
+
+
+def sources(number: int) -> dict[Source, str]:
+    """The stages whose answers are ranked for a round."""
+    students: dict[Source, str] = {"student": "responses/student-r0"}
+    if number:
+        students["current-student"] = f"responses/student-r{number}"
+    return {"teacher": TEACHER, **students}
 
 
 @dataclass
@@ -32,7 +44,7 @@ class Census:
 
     rows: int = 0
     kept: int = 0
-    """Rows whose text stands in a triplet: one chosen a prompt, and each rejected."""
+    """Rows whose text stands in a triplet: the chosen and the rejected."""
     dropped: Counter[str] = field(default_factory=Counter)
     prompts: int = 0
     prompts_kept: int = 0
@@ -73,29 +85,30 @@ class Census:
         return "\n".join(f"{label:{width}}{count:>8}" for label, count in lines)
 
 
-def build(run: Run) -> int:
-    """Read both ledgers, rank, check, write the triplets and the manifest, print the census. Returns the exit code.
+def build(run: Run, number: int = 0) -> int:
+    """Read the ledgers, rank, check, write the triplets of a round and the manifest, print the census. Returns the exit code.
 
     The same inputs give the same bytes. Raises StageOrder before the answers are there; LeakageError if a row of test or validation
     would reach training; DataError if there is nothing to rank by or no triplet is left; StorageError.
     """
-    stage = run.stage(STAGE, inputs=["dataset", TEACHER, STUDENT])
+    name, read = stage_name(number), sources(number)
+    stage = run.stage(name, inputs=["dataset", *read.values()])
     if stage.complete:
-        print(f"{STAGE}: complete, nothing to do")
+        print(f"{name}: complete, nothing to do")
         return 0
     splits = prepare(run)
-    teacher, student = (read_jsonl(run.path / name / "responses.jsonl", Response) for name in (TEACHER, STUDENT))
-    refuse_leaks(splits, {TEACHER: teacher, STUDENT: student})
-    triplets, census = make_triplets(run.recipe, splits["train"], teacher, student)
+    answers = {source: read_jsonl(run.path / folder / "responses.jsonl", Response) for source, folder in read.items()}
+    refuse_leaks(splits, {read[source]: rows for source, rows in answers.items()})
+    triplets, census = make_triplets(run.recipe, splits["train"], answers)
     if not triplets:
         raise DataError(f"no triplet is left of {census.rows} answers; {_remedy(run.recipe, census)}\n{census.table()}")
-    refuse_leaks(splits, {STAGE: triplets})
+    refuse_leaks(splits, {name: triplets})
     file = stage.path / "triplets.jsonl"
     write_jsonl(file, triplets)
     settings = {"triplets": run.recipe.triplets.model_dump(mode="json"), "task": run.recipe.task.model_dump(mode="json")}
     stage.finish([file], settings=settings, counts=census.counts())
     print(
-        f"{STAGE}: {census.triplets} triplets from {census.prompts_kept} of {census.prompts} prompts, mean score by "
+        f"{name}: {census.triplets} triplets from {census.prompts_kept} of {census.prompts} prompts, mean score by "
         f"{run.recipe.triplets.ranking}: chosen {census.mean_chosen_score:.3f}, rejected {census.mean_rejected_score:.3f}\n{census.table()}"
     )
     return 0
@@ -118,15 +131,13 @@ def refuse_leaks(splits: Mapping[Split, Sequence[Example]], used: Mapping[str, I
             raise DataError(f"{folder} holds answers to rows that this run does not have: {_few(strangers)}; begin again in another --out")
 
 
-def make_triplets(
-    recipe: Recipe, train: Sequence[Example], teacher: Sequence[Response], student: Sequence[Response]
-) -> tuple[list[Triplet], Census]:
+def make_triplets(recipe: Recipe, train: Sequence[Example], answers: Mapping[Source, Sequence[Response]]) -> tuple[list[Triplet], Census]:
     """The triplets of all train rows, in their order, and the census. Raises DataError without references to rank by."""
     settings = recipe.triplets
     if settings.ranking == "reference" and all(e.summary is None for e in train):
         raise DataError("triplets.ranking=reference: no train row has a reference; give triplets.ranking=consensus (or first)")
-    gathered, dropped = gather(teacher, student)
-    census = Census(rows=len(teacher) + len(student), dropped=dropped, prompts=len(train))
+    gathered, dropped = gather(answers)
+    census = Census(rows=sum(map(len, answers.values())), dropped=dropped, prompts=len(train))
     similarity = rouge_l()
     triplets: list[Triplet] = []
     progress = Progress("triplets", len(train), unit="prompts")
@@ -152,37 +163,39 @@ def _pairs(example: Example, candidates: Sequence[Candidate], recipe: Recipe, si
         scores, reason = by_source(candidates), ""
     if scores is None:
         lost = Counter({f"prompt without triplet: {reason}": len(candidates)})
-        return Pairs(None, (), +lost, reason)
-    return pair(candidates, scores, recipe.triplets, similarity)
+        return Pairs(dropped=+lost, reason=reason)
+    draw = int(sha256_bytes(example.id.encode())[:8], 16) / 2**32
+    return pair(candidates, scores, recipe.triplets, similarity, draw=draw)
 
 
 def _triplets(example: Example, pairs: Pairs, recipe: Recipe) -> list[Triplet]:
-    if pairs.chosen is None:
-        return []
-    chosen, score = pairs.chosen
-    return [
-        Triplet(
-            example_id=example.id,
-            prompt=zero_shot(recipe.task, example.question),
-            chosen=chosen.text,
-            rejected=rejected.text,
-            chosen_source=chosen.source,
-            rejected_source=rejected.source,
-            chosen_score=score,
-            rejected_score=rejected_score,
+    prompt, made = zero_shot(recipe.task, example.question), []
+    for c, r in pairs.pairs:
+        (chosen, score), (rejected, rejected_score) = pairs.chosen[c], pairs.rejected[r]
+        made.append(
+            Triplet(
+                example_id=example.id,
+                prompt=prompt,
+                chosen=chosen.text,
+                rejected=rejected.text,
+                chosen_source=chosen.source,
+                rejected_source=rejected.source,
+                chosen_score=score,
+                rejected_score=rejected_score,
+                chosen_weight=score,
+            )
         )
-        for rejected, rejected_score in pairs.rejected
-    ]
+    return made
 
 
 def _count(census: Census, pairs: Pairs) -> None:
     census.dropped.update(pairs.dropped)
-    if pairs.chosen is None:
+    if not pairs.chosen:
         census.prompts_dropped[pairs.reason] += 1
         return
     census.prompts_kept += 1
-    census.kept += 1 + len(pairs.rejected)
-    census.triplets += len(pairs.rejected)
+    census.kept += len(pairs.chosen) + len(pairs.rejected)
+    census.triplets += len(pairs.pairs)
     for rejected, _ in pairs.rejected:
         census.rejected_sources[rejected.source] += 1
         census.cut_off_rejected += rejected.cut_off

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shared.contracts import Response, Source
@@ -21,18 +21,18 @@ class Candidate:
     """It ended at the token limit; only a student's may."""
 
 
-def gather(teacher: Sequence[Response], student: Sequence[Response]) -> tuple[dict[str, list[Candidate]], Counter[str]]:
+def gather(answers: Mapping[Source, Sequence[Response]]) -> tuple[dict[str, list[Candidate]], Counter[str]]:
     """Usable answers by example id, and the rows dropped by reason; every row is in one of the two.
 
-    Answers stand teacher first, then by sample index, whatever the order of the ledgers: a harvest that was cut short and went on
+    answers: the ledger of each source, in the order in which equal texts are kept: the teacher's first.
+    Answers stand source by source, then by sample index, whatever the order of the ledgers: a harvest that was cut short and went on
     gives the same triplets. Of several rows for one sample the last counts. A teacher's answer that ended at the token limit is
     dropped: nothing that stops in the middle may be chosen. A student's is kept: an undistilled student rambles, the limit is often
     the only end its answers have, and rambling is a true reason to be rejected.
     """
     kept: dict[str, list[Candidate]] = defaultdict(list)
     dropped: Counter[str] = Counter()
-    sources: tuple[tuple[Source, Sequence[Response]], ...] = (("teacher", teacher), ("student", student))
-    for source, rows in sources:
+    for source, rows in answers.items():
         last = {(row.example_id, row.sample): row for row in rows}
         dropped["asked again"] += len(rows) - len(last)
         for (example_id, sample), row in sorted(last.items()):

@@ -77,7 +77,7 @@ def test_a_runs_volume_of_another_version_is_refused_and_left_as_it_is(project: 
     assert project.up("prepare").returncode == 0
     assert project.finish("prepare") == 0
     light, volume = "blackbox-distill/light:0.1.0", f"{project.name}_runs:/volume"
-    age = 'sed -i \'s/"format": 2/"format": 3/\' /volume/default/run.json'
+    age = 'sed -i \'s/"format": 3/"format": 2/\' /volume/default/run.json'
     docker("run", "--rm", "--network", "none", "-v", volume, "--entrypoint", "sh", light, "-c", age)
     before = project.in_volume("runs", "sha256sum /volume/default/run.json")
     assert project.up("harvester").returncode != 0

@@ -187,7 +187,7 @@ def test_another_user_goes_on_with_the_volumes_of_the_first(served: Project) -> 
 def until_trained(project: Project, steps: int) -> None:
     """Wait until the trainer has logged so many steps."""
     deadline = time.monotonic() + 300
-    script = "cat /volume/default/checkpoints/log.jsonl 2>/dev/null | wc -l"
+    script = "cat /volume/default/checkpoints/r0/log.jsonl 2>/dev/null | wc -l"
     while int(project.in_volume("runs", script)) < steps:
         assert time.monotonic() < deadline
         time.sleep(0.5)
@@ -215,7 +215,7 @@ def test_a_killed_trainer_goes_on_from_its_checkpoint_and_a_stopped_one_ends_wit
 
         assert project.up().returncode == 0
         assert project.finish() == 0, project.logs("evaluator")
-        steps = project.in_volume("runs", "grep -o '\"step\":[0-9]*' /volume/default/checkpoints/log.jsonl | cut -d: -f2").split()
+        steps = project.in_volume("runs", "grep -o '\"step\":[0-9]*' /volume/default/checkpoints/r0/log.jsonl | cut -d: -f2").split()
         assert steps == [str(step) for step in range(1, 121)]
         firsts = [line for line in project.logs("trainer").splitlines() if "/120 steps, 0.0/s" in line]
         assert len(firsts) == 3

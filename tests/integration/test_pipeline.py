@@ -19,7 +19,7 @@ import pytest
 from teachers import count_lines, lines
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
-STAGES = ["dataset", "responses/teacher", "responses/student-r0", "triplets/r0", "checkpoints", "model", "evaluation"]
+STAGES = ["dataset", "responses/teacher", "responses/student-r0", "triplets/r0", "checkpoints/r0", "model", "evaluation"]
 SYSTEMS = {
     "student-zero-shot",
     "student-few-shot",
@@ -147,10 +147,10 @@ def test_a_run_killed_in_harvest_and_in_training_finishes_with_the_same_triplets
     kept = count_lines(out)
 
     process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL)
-    wait_for(lambda: any((out / "checkpoints").glob("checkpoint-*")), process)
+    wait_for(lambda: any((out / "checkpoints" / "r0").glob("checkpoint-*")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (out / "checkpoints" / "manifest.json").exists(), "killed too late to show anything"
+    assert not (out / "checkpoints" / "r0" / "manifest.json").exists(), "killed too late to show anything"
     assert count_lines(out) > kept
 
     done = run_smoke(out)
@@ -223,13 +223,13 @@ def test_ctrl_c_ends_the_stage_and_the_pipeline_with_130_and_the_command_to_go_o
     process = subprocess.Popen(
         command("run", "--recipe", str(RECIPE), "--out", str(out), "--no-serve"), start_new_session=True, stderr=subprocess.PIPE
     )
-    wait_for(lambda: any((out / "checkpoints").glob("checkpoint-*")), process)
+    wait_for(lambda: any((out / "checkpoints" / "r0").glob("checkpoint-*")), process)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal sends
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said.decode()
     assert b"distill run --recipe" in said
     assert (out / "triplets" / "r0" / "manifest.json").exists()
-    assert any((out / "checkpoints").glob("checkpoint-*"))
+    assert any((out / "checkpoints" / "r0").glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize("stage", ["harvest", "sample", "triplets", "train", "export", "evaluate"])

@@ -148,7 +148,7 @@ def test_a_run_ends_with_its_stage_and_its_teacher(
     out = tmp_path / "run"
     delay = "0.2" if moment == "harvest" else "0"
     process = start(*distill("run", *shared(out), "--no-serve"), TEACHER_DELAY_S=delay)
-    reached = (lambda: count_lines(out) >= 4) if moment == "harvest" else (lambda: any((out / "checkpoints").glob("checkpoint-*")))
+    reached = (lambda: count_lines(out) >= 4) if moment == "harvest" else (lambda: any((out / "checkpoints" / "r0").glob("checkpoint-*")))
     wait_for(reached)
     others = children(process.pid)
     assert len(others) == 2, others  # the stage and the teacher

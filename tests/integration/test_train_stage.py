@@ -72,17 +72,17 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def when_first_checkpoint_stands(process: subprocess.Popen[str], run: Path) -> None:
-    while not checkpoints(run / "checkpoints"):
+    while not checkpoints(run / "checkpoints" / "r0"):
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.01)
 
 
 def log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "checkpoints" / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "checkpoints" / "r0" / "log.jsonl").read_text().splitlines()]
 
 
 def weights(run: Path) -> dict:
-    return load_file(run / "checkpoints" / "student" / "model.safetensors")
+    return load_file(run / "checkpoints" / "r0" / "student" / "model.safetensors")
 
 
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
@@ -95,7 +95,7 @@ def test_killed_after_its_first_checkpoint_and_rerun_it_ends_with_the_same_stude
     when_first_checkpoint_stands(process, tmp_path / "killed")
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "checkpoints" / "manifest.json").exists()
+    assert not (tmp_path / "killed" / "checkpoints" / "r0" / "manifest.json").exists()
     assert main(arguments) == 0
 
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
@@ -103,8 +103,8 @@ def test_killed_after_its_first_checkpoint_and_rerun_it_ends_with_the_same_stude
     assert all(whole[name].equal(resumed[name]) for name in whole)
     assert [row["step"] for row in log(tmp_path / "killed")] == list(range(1, STEPS + 1))
     assert [row["loss"] for row in log(tmp_path / "killed")] == [row["loss"] for row in log(tmp_path / "whole")]
-    assert not checkpoints(tmp_path / "killed" / "checkpoints")
-    assert not list((tmp_path / "killed" / "checkpoints").glob(".*.tmp"))
+    assert not checkpoints(tmp_path / "killed" / "checkpoints" / "r0")
+    assert not list((tmp_path / "killed" / "checkpoints" / "r0").glob(".*.tmp"))
 
 
 def test_ctrl_c_keeps_the_checkpoint_and_prints_the_command_that_goes_on(tmp_path):
@@ -115,7 +115,7 @@ def test_ctrl_c_keeps_the_checkpoint_and_prints_the_command_that_goes_on(tmp_pat
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "distill train --recipe" in errors
-    assert checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints(tmp_path / "run" / "checkpoints" / "r0")
 
 
 def test_told_to_end_it_ends_at_once_and_keeps_the_checkpoint(tmp_path):
@@ -127,7 +127,7 @@ def test_told_to_end_it_ends_at_once_and_keeps_the_checkpoint(tmp_path):
     assert time.monotonic() - begun < 5
     assert process.returncode == 143, errors
     assert "distill train: told to end; everything done so far is kept" in errors
-    assert checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints(tmp_path / "run" / "checkpoints" / "r0")
 
 
 def test_training_goes_on_with_the_export_if_asked(tmp_path, capsys):
@@ -144,7 +144,7 @@ def test_training_goes_on_with_the_export_if_asked(tmp_path, capsys):
 def test_a_torn_checkpoint_is_never_gone_on_from(tmp_path):
     """What SIGKILL leaves behind in the middle of a checkpoint has a name that no one resumes from, and is swept away."""
     arguments = run_with(tmp_path / "run", folder(tmp_path / "model"), triplets(), max_steps=2)
-    torn = tmp_path / "run" / "checkpoints" / ".checkpoint-1.99.tmp" / "checkpoint-1"
+    torn = tmp_path / "run" / "checkpoints" / "r0" / ".checkpoint-1.99.tmp" / "checkpoint-1"
     torn.mkdir(parents=True)
     (torn / WEIGHTS).write_bytes(b"half")
     assert main(arguments) == 0
@@ -168,10 +168,10 @@ def test_the_student_and_the_manifest_say_what_was_done(tmp_path, capsys):
 
     arguments = run_with(tmp_path / "run", folder(tmp_path / "model"), triplets(), max_steps=2, lora_rank=2, frozen_layers=1)
     assert main(arguments) == 0
-    student = tmp_path / "run" / "checkpoints" / "student"
+    student = tmp_path / "run" / "checkpoints" / "r0" / "student"
     assert AutoTokenizer.from_pretrained(student).chat_template == tiny_models.CHAT_TEMPLATE
     assert not [name for name, _ in AutoModelForCausalLM.from_pretrained(student).named_parameters() if "lora" in name]
-    manifest = json.loads((tmp_path / "run" / "checkpoints" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "r0" / "manifest.json").read_text())
     assert manifest["counts"]["examples"] == 6
     assert manifest["counts"]["pairs"] == manifest["counts"]["triplets"] == 12
     assert manifest["counts"]["padding_ratio"] >= 1

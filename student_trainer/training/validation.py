@@ -1,0 +1,130 @@
+"""ROUGE-L of generated answers to the validation rows: which checkpoint is the best one, and when to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from shared.artifacts import Ledger, new_directory
+from shared.contracts import Contract
+from student_trainer.training.student import Student
+from student_trainer.training.trainer import WEIGHTS, whole_weights
+
+BEST = "best"
+"""The folder of the best weights so far."""
+BATCH = 16
+
+
+class ValidationRow(Contract):
+    """One validation: the student as it was after that step."""
+
+    step: int
+    epoch: float
+    rouge_l: float
+    """Mean ROUGE-L F1 with the references, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """Greedy answers of a student that is still in torch."""
+
+    student: Student
+    tokenizer: Any
+    pad_token_id: int
+    max_tokens: int
+    stop: tuple[str, ...]
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each answer, up to the first stop text. prompts: token ids."""
+        answers = [""] * len(prompts)
+        ordered = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for first in range(0, len(ordered), BATCH):
+            batch = ordered[first : first + BATCH]
+            generated = self.student.generate(
+                self._padded([prompts[i] for i in batch]),
+                max_new_tokens=self.max_tokens,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.pad_token_id,
+            )
+            for index, ids in zip(batch, generated.tolist(), strict=True):
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                answers[index] = text[: min((at for s in self.stop if (at := text.find(s)) > 0), default=len(text))].strip()
+        return answers
+
+    def _padded(self, prompts: list[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """On the left for a decoder-only model, whose answers begin where the row ends."""
+        longest, left = max(map(len, prompts)), self.student.kind == "decoder-only"
+        ids, mask = [], []
+        for prompt in prompts:
+            gap = longest - len(prompt)
+            filling = [self.pad_token_id] * gap
+            ids.append([*filling, *prompt] if left else [*prompt, *filling])
+            mask.append([0] * gap + [1] * len(prompt) if left else [1] * len(prompt) + [0] * gap)
+        device = self.student.device
+        return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+class Validator(TrainerCallback):  # type: ignore[misc]
+    """Validates every so many epochs and after the last step; keeps the best weights; ends training that gets no better.
+
+    All processes answer, each a part; the first one, which has the ledger, decides.
+    """
+
+    def __init__(
+        self,
+        answer: Answerer,
+        prompts: Sequence[Sequence[int]],
+        score: Callable[[Sequence[str]], float],
+        folder: Path,
+        ledger: Ledger[ValidationRow] | None,
+        *,
+        every: float,
+        patience: int | None,
+    ) -> None:
+        """score: of all answers in the order of `prompts`; every: epochs; patience: validations without a better score; None: no end."""
+        self._answer, self._prompts, self._score = answer, prompts, score
+        self._folder, self._ledger, self._every, self._patience = folder, ledger, every, patience
+        self._rows = ledger.rows() if ledger else []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._epoch = state.epoch or 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        before, self._epoch = self._epoch, state.epoch
+        passed = int(before / self._every + 1e-6) < int(self._epoch / self._every + 1e-6)
+        if passed or state.global_step >= state.max_steps:
+            self._validate(state.global_step, self._epoch, control, process=args.process_index, processes=args.world_size)
+
+    def _validate(self, step: int, epoch: float, control: Any, *, process: int, processes: int) -> None:
+        student = self._answer.student
+        student.eval()
+        mine = list(range(process, len(self._prompts), processes))
+        answers = list(zip(mine, self._answer([self._prompts[i] for i in mine]), strict=True))
+        if processes > 1:
+            answers = gather_object(answers)
+        student.train()
+        row = ValidationRow(step=step, epoch=epoch, rouge_l=self._score([text for _, text in sorted(answers)]))
+        earlier = [r for r in self._rows if r.step < step]
+        better = all(row.rouge_l > r.rouge_l for r in earlier)
+        best = step if better else max(earlier, key=lambda r: (r.rouge_l, -r.step)).step
+        since = sum(r.step > best for r in earlier) + (not better)
+        better, stop = broadcast_object_list([better, self._patience is not None and since >= self._patience])
+        weights = whole_weights(student) if better else {}
+        if self._ledger is not None:
+            if better:
+                with new_directory(self._folder / BEST) as folder:
+                    save_file(weights, folder / WEIGHTS)
+            note = ", the best so far" if better else ""
+            print(f"train: step {step}: validation ROUGE-L {100 * row.rouge_l:.1f} on {len(self._prompts)} rows{note}", flush=True)
+            if all(r.step != step for r in self._rows):  # after a kill the same step says the same again
+                self._ledger.append(row)
+                self._rows.append(row)
+        if stop:
+            control.should_training_stop = True
