@@ -76,19 +76,19 @@ def main(argv: list[str]) -> int:
     asks = arguments.retry_failed or any(STAGES[command] in left for command in ASKS_TEACHER)
     teacher = recipe.teacher.launch if asks else None
     if left or asks:
-        _stage("prepare", shared)
+        run_command("prepare", shared)
     prepared = time.monotonic() - begun
     key = secrets.token_urlsafe(32)  # the launched teacher answers this run alone
-    with _teacher(run, teacher, key) if teacher else nullcontext() as url:
+    with launched_teacher(run, teacher, key) if teacher else nullcontext() as url:
         for command in STAGES:
             asking = url if command in ASKS_TEACHER else None
             extra = ["--teacher-url", asking] if asking else []
             if arguments.retry_failed and command == "harvest":
                 extra.append("--retry-failed")
-            _stage(command, shared + extra, {"DISTILL_TEACHER__API_KEY": key} if asking else {})
+            run_command(command, shared + extra, {"DISTILL_TEACHER__API_KEY": key} if asking else {})
     _print_times(run, time.monotonic() - begun, prepared)
     if "evaluation" in left or not stays_rolled_back(out / "registry", out):
-        _stage("promote", shared)
+        run_command("promote", shared)
     if arguments.no_serve:
         print(f"to serve it: distill serve --registry {out / 'registry'}")
         return 0
@@ -120,7 +120,7 @@ def _yaml_scalar(value: Any) -> str:
     return json.dumps(value)  # every JSON value is a YAML value
 
 
-def _stage(command: str, options: list[str], variables: Mapping[str, str] | None = None) -> None:
+def run_command(command: str, options: list[str], variables: Mapping[str, str] | None = None) -> None:
     """Run one stage as a child, with more environment `variables`. Raises StageFailed with the child's own exit code."""
     code = _run_child(command, options, variables or {})
     if code == INTERRUPTED or code == -signal.SIGINT:
@@ -165,7 +165,7 @@ def _become(command: str, options: list[str]) -> NoReturn:
 
 
 @contextmanager
-def _teacher(run: Run, launch: LaunchSettings, key: str) -> Iterator[str]:
+def launched_teacher(run: Run, launch: LaunchSettings, key: str) -> Iterator[str]:
     """The recipe's own teacher as a process on a free port of the loopback, for who has `key`; its base URL.
 
     Ends with the block, or with this process.
