@@ -30,6 +30,7 @@ def promote(run: Run, registry: Path) -> Promoted:
     Raises PromotionRefused with the numbers, StageOrder if this model has not been evaluated, DataError if a file is not the one
     that was evaluated, SettingsError for an unknown baseline, StorageError. Unless it returns, what is served stays served.
     """
+    from evaluator.card import with_scores
     from evaluator.scores import METRICS, compare
     from evaluator.stage import scores_of
     from evaluator.systems import DISTILLED, SYSTEMS
@@ -54,6 +55,8 @@ def promote(run: Run, registry: Path) -> Promoted:
         store.record_refusal(registry, reason=reason, run=origin, scores=scores)
         raise PromotionRefused(f"not promoted: {reason}; what was served stays served")
     before = store.current(registry)
+    verdict, dataset = in_numbers(comparison, rule), run.recipe.dataset
+    card = with_scores(_card(run), scored, name=run.recipe.name, dataset=dataset.hub or dataset.name, verdict=verdict)
     promoted = store.promote(
         registry,
         run.path / "model" / "serving",
@@ -61,14 +64,23 @@ def promote(run: Run, registry: Path) -> Promoted:
         task=run.recipe.task.model_dump(mode="json"),
         scores=scores,
         run=origin,
-        reason=in_numbers(comparison, rule),
-        attachments=[f for f in (run.path / "model" / "README.md", *sorted((run.path / "evaluation").glob("report.*"))) if f.is_file()],
+        reason=verdict,
+        attachments=[("README.md", card), *sorted((run.path / "evaluation").glob("report.*"))],
     )
     if promoted == before:
         print(f"promote: version {promoted.version} is served already, nothing to do")
     else:
-        print(f"promoted: version {promoted.version}, {in_numbers(comparison, rule)}")
+        print(f"promoted: version {promoted.version}, {verdict}")
     return promoted
+
+
+def _card(run: Run) -> str:
+    """The model card as it was exported, or as somebody has improved it; empty if it has gone."""
+    file = run.path / "model" / "README.md"
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{file}: not UTF-8: {exc.reason}; save it as UTF-8") from exc
 
 
 def refusal(comparison: Comparison, rule: PromoteSettings) -> str | None:

@@ -109,11 +109,11 @@ def promote(
     scores: Mapping[str, float],
     run: str,
     reason: str,
-    attachments: Sequence[Path] = (),
+    attachments: Sequence[Path | tuple[str, str]] = (),
 ) -> Promoted:
     """Copy a serving folder into the registry and make it the served version. What is served already stays as it is.
 
-    `attachments` are files kept beside it: the model card, the reports. `reason` goes into the history.
+    `attachments` are kept beside it, files or names with their text: the model card, the reports. `reason` goes into the history.
     Raises DataError for an incomplete serving folder, StorageError for a full disk or a second writer.
     """
     content = _hashes(serving_folder)
@@ -139,8 +139,12 @@ def promote(
         if not known:
             with new_directory(registry / "versions" / version) as folder:
                 shutil.copytree(serving_folder, folder / "serving")
-                for file in attachments:
-                    shutil.copyfile(file, folder / file.name)
+                for attached in attachments:
+                    if isinstance(attached, Path):
+                        shutil.copyfile(attached, folder / attached.name)
+                    else:
+                        file_name, text = attached
+                        (folder / file_name).write_text(text, encoding="utf-8")
                 if _hashes(folder / "serving") != content:
                     raise StorageError(f"{serving_folder} changed while it was copied; end what writes it and promote again")
                 (folder / "promoted.json").write_text(promoted.model_dump_json(indent=2) + "\n")

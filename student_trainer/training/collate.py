@@ -89,13 +89,12 @@ class Collator:
         }
 
     def used(self, example: Packed) -> list[int]:
-        """The responses that take part in the loss; a blank example keeps its only one."""
-        rejected = {r for _, r in example.pairs} if self.with_rejected else set()
-        return [
-            i
-            for i, weight in enumerate(example.weights)
-            if weight or i in rejected or (self._with_samples and example.counts[i]) or not example.pairs
-        ]
+        """The responses that take part in the loss; of a blank example its only one."""
+        needed = {r for _, r in example.pairs} if self.with_rejected else set()
+        needed |= {i for i, weight in enumerate(example.weights) if weight}
+        if self._with_samples:
+            needed |= {i for i, count in enumerate(example.counts) if count}
+        return sorted(needed) or [0]
 
     def _decoder_row(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> _Row:
         """The prompt, then each response without its last token, which predicts nothing."""

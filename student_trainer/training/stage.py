@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboardX import SummaryWriter
 from transformers import TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as transformers_logging
 
 from shared.artifacts import Ledger, Run, new_directory, read_json, read_jsonl, sha256_file, write_json
@@ -27,7 +29,16 @@ from student_trainer.training.packing import Packer, group, samples_by_example
 from student_trainer.training.record import LogRow, Recorder
 from student_trainer.training.rounds import checkpoint_stage, first_does, is_first, stage_name
 from student_trainer.training.student import ADAPTER, Student, load, native_bf16, refuse_unless_packable
-from student_trainer.training.trainer import WEIGHTS, OrpoTrainer, arguments, checkpoints, load_weights, remove_checkpoint
+from student_trainer.training.trainer import (
+    TENSORBOARD,
+    WEIGHTS,
+    OrpoTrainer,
+    Resumable,
+    arguments,
+    checkpoints,
+    load_weights,
+    remove_checkpoint,
+)
 from student_trainer.training.validation import BEST, Answerer, ValidationRow, Validator
 from student_trainer.triplets.ranking import rouge_l
 
@@ -66,20 +77,21 @@ def train(run: Run, number: int) -> None:
         )
         rows, census = packer.pack(examples)
         collator = collator_for(student, tokenizer, settings)
-        refuse_unless_packable(student, collator, max(rows, key=lambda row: row.length))
         recorder = Recorder(log) if log else None
-        trainer = OrpoTrainer(
-            student,
-            rows,
-            collator,
-            args,
-            weights=weights_of(settings),
-            on_row=recorder.record if recorder else lambda row: None,
-            reference=reference,
-        )
+        on_row = recorder.record if recorder else lambda row: None
+        trainer: Resumable
+        if settings.trainer == "trl":
+            from student_trainer.training.trl_backend import trl_trainer  # trl: only where it is asked for
+
+            trainer = trl_trainer(student, tokenizer, rows, args, settings, pad_token_id=collator.pad_token_id, bf16=bf16, on_row=on_row)
+        else:
+            refuse_unless_packable(student, collator, max(rows, key=lambda row: row.length))
+            trainer = OrpoTrainer(student, rows, collator, args, weights=weights_of(settings), on_row=on_row, reference=reference)
         if recorder:
             trainer.add_callback(recorder)
-        validator = validator_for(run, student, packer, collator, folder, validations)
+            if TENSORBOARD in settings.report_to:
+                trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / TENSORBOARD))))
+        validator = validator_for(run, student, packer, collator, folder, validations, trainer.report)
         if validator:
             trainer.add_callback(validator)
         trainer.add_callback(Checkpointing(folder, every_s=60 * settings.checkpoint_minutes, keep=settings.keep_checkpoints))
@@ -136,7 +148,13 @@ def weights_of(settings: TrainSettings) -> Weights:
 
 
 def validator_for(
-    run: Run, student: Student, packer: Packer, collator: Collator, folder: Path, ledger: Ledger[ValidationRow] | None
+    run: Run,
+    student: Student,
+    packer: Packer,
+    collator: Collator,
+    folder: Path,
+    ledger: Ledger[ValidationRow] | None,
+    report: Callable[[dict[str, float]], None],
 ) -> Validator | None:
     """What validates this student; None where the settings want none. Raises TrainingError where there is nothing to compare with."""
     settings, recipe = run.recipe.train, run.recipe
@@ -162,6 +180,7 @@ def validator_for(
         ledger,
         every=settings.validate_every,
         patience=settings.patience,
+        report=report,
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from student_trainer.training.collate import Collator, LengthGrouped, blank, cel
 from student_trainer.training.losses import Counts, Terms, Weights, terms
 from student_trainer.training.packing import Packed
 from student_trainer.training.record import LogRow
-from student_trainer.training.rounds import PATIENCE
+from student_trainer.training.rounds import PATIENCE, several
 from student_trainer.training.student import Student
 
 WEIGHTS = "trained.safetensors"
@@ -37,11 +37,17 @@ OUT_OF_MEMORY = (
     "train.lora_rank. The last checkpoint is kept"
 )
 NEVER = 10**9
+TENSORBOARD = "tensorboard"
 
 
-def arguments(settings: TrainSettings, output: Path, *, seed: int) -> TrainingArguments:
-    """What `Trainer` must know of our settings. One device a process; `checkpoint-N` folders go to `output`."""
-    args = TrainingArguments(
+def arguments(
+    settings: TrainSettings, output: Path, *, seed: int, make: Callable[..., TrainingArguments] = TrainingArguments
+) -> TrainingArguments:
+    """What `Trainer` must know of our settings. One device a process; `checkpoint-N` folders go to `output`.
+
+    make: called with all of it; another trainer's arguments are a subclass.
+    """
+    args = make(
         output_dir=str(output),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
@@ -59,9 +65,10 @@ def arguments(settings: TrainSettings, output: Path, *, seed: int) -> TrainingAr
         save_steps=settings.checkpoint_steps or NEVER,
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=list(settings.report_to),
+        report_to=[name for name in settings.report_to if name != TENSORBOARD],  # whose folder is the stage's affair
         seed=seed,
         dataloader_pin_memory=False,
+        use_cpu=several() and not torch.cuda.is_available(),  # else it would not see the other processes
         ddp_timeout=int(PATIENCE.total_seconds()),
         fsdp=settings.fsdp or None,
         fsdp_config={"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
@@ -100,32 +107,17 @@ class _Step:
         self.tokens, self.cells = self.tokens + tokens, self.cells + all_cells
 
 
-class OrpoTrainer(Trainer):  # type: ignore[misc]
-    """L = NLL + lambda * L_OR + KL terms, each over the whole optimizer step: all its micro-batches on all processes."""
+class Resumable(Trainer):  # type: ignore[misc]
+    """What a trainer of a student needs beside its loss: rows for log.jsonl, and checkpoints that are whole or not there."""
 
-    # our denominators already span all micro-batches: Trainer must not divide by their number once more
-    loss_is_scaled_for_ga = True
+    out_of_memory = OUT_OF_MEMORY
 
-    def __init__(
-        self,
-        student: Student,
-        rows: list[Packed],
-        collator: Collator,
-        args: TrainingArguments,
-        *,
-        weights: Weights,
-        on_row: Callable[[LogRow], None],
-        reference: Student | None = None,
-    ) -> None:
-        """on_row: called with every step's row, before the step's checkpoint is written; reference: the frozen initial student, needed
-        for `weights.kl_reference` unless the student has an adapter that can be turned off.
-        """
-        # the blank fills up last batches where there are several processes; nothing else reaches it
-        super().__init__(model=student, args=args, train_dataset=[*rows, blank(rows[0])], data_collator=collator)
+    def __init__(self, student: Student, *, on_row: Callable[[LogRow], None], **options: Any) -> None:
+        """on_row: called with every step's row, before the step's checkpoint is written; options: of the `Trainer` this is mixed into."""
+        super().__init__(**options)
         self.remove_callback(PrinterCallback)
-        self.student, self._reference, self._weights, self._on_row = student, reference, weights, on_row
-        self._step, self._counts, self._step_began = _Step(), Counts(1.0, 0.0, 0.0), time.monotonic()
-        self._writing_to = Path(args.output_dir or ".")
+        self.student, self._on_row, self._step_began = student, on_row, time.monotonic()
+        self._writing_to = Path(self.args.output_dir or ".")
 
     def go_on(self) -> None:
         """Train to the end, from the last checkpoint if there is one. Raises TrainingError."""
@@ -140,53 +132,28 @@ class OrpoTrainer(Trainer):  # type: ignore[misc]
             else:  # killed between the last step and the end of the stage
                 self._load_from_checkpoint(str(found[-1]))
         except torch.OutOfMemoryError as exc:
-            raise TrainingError(OUT_OF_MEMORY.format(step=self.state.global_step + 1)) from exc
+            raise TrainingError(self.out_of_memory.format(step=self.state.global_step + 1)) from exc
         except RuntimeError as exc:
             if "not enough memory" not in str(exc):  # a processor's allocator says it in words alone
                 raise
-            raise TrainingError(OUT_OF_MEMORY.format(step=self.state.global_step + 1)) from exc
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        size = self.args.train_batch_size * self.args.world_size
-        lengths = [row.length for row in self.train_dataset[:-1]]
-        whole = size * self.args.gradient_accumulation_steps
-        return LengthGrouped(lengths, whole, self.args.seed, multiple_of=size if self.args.world_size > 1 else 1)
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> None:
-        """Count the denominators of the whole optimizer step, over all processes."""
-        self._step, self._step_began = _Step(), time.monotonic()
-        self._counts = Counts(**self._over_all_processes([asdict(denominators(b)) for b in batch_samples]))
+            raise TrainingError(self.out_of_memory.format(step=self.state.global_step + 1)) from exc
 
     def _over_all_processes(self, rows: list[dict[str, float]]) -> dict[str, float]:
         """Each number summed over `rows` and over the processes."""
         sums = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64, device=self.args.device).sum(0)
         return dict(zip(rows[0], self.accelerator.reduce(sums, "sum").tolist(), strict=True))
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """() a micro-batch's share of the loss. Raises TrainingError naming the examples if it is not finite."""
-        reference = None
-        if self._weights.kl_reference:
-            with torch.no_grad():
-                reference = self._reference(inputs) if self._reference is not None else self.student.initial_logits(inputs)
-        found = terms(model(inputs), inputs, self._weights, reference=reference)
-        loss = found.loss(self._weights, self._counts)
+    def _refuse_unless_finite(self, loss: Tensor, example_ids: Sequence[str]) -> None:
+        """Raises TrainingError naming the examples."""
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on examples {', '.join(inputs['example_ids'])}; lower "
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on examples {', '.join(example_ids)}; lower "
                 "train.learning_rate or set train.precision=fp32. The last checkpoint is kept"
             )
-        self._step.add(found, inputs)
-        whole: Tensor = loss * self.args.world_size
-        return whole  # gradients are averaged over the processes, and the shares must be summed
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Complete the row of a step from what `compute_loss` kept."""
-        if "loss" not in logs:  # Trainer's own summary at the end
-            return
+    def _complete(self, logs: dict[str, float], *, tokens: float, cells: float, **measured: float) -> None:
+        """Hand on a step's row: Trainer's own `logs`, and what was `measured` over all processes. Raises TrainingError."""
         seconds = time.monotonic() - self._step_began
-        sums, counts, weights = self._over_all_processes([asdict(self._step)]), self._counts, self._weights
         if not math.isfinite(logs.get("grad_norm", 0.0)):
             raise TrainingError(
                 f"the gradient is not finite at step {self.state.global_step}; lower train.learning_rate or set train.precision=fp32. "
@@ -196,29 +163,24 @@ class OrpoTrainer(Trainer):  # type: ignore[misc]
             "step": self.state.global_step,
             "epoch": self.state.epoch,
             "loss": logs["loss"],
-            "nll": sums["nll"] / counts.chosen_tokens,
             "grad_norm": logs.get("grad_norm", 0.0),
             "learning_rate": logs["learning_rate"],
-            "tokens_per_s": sums["tokens"] / seconds,
-            "padding_ratio": sums["cells"] / sums["tokens"],
+            "tokens_per_s": tokens / seconds,
+            "padding_ratio": cells / tokens,
+            **measured,
         }
-        if sums["pairs"]:
-            chosen, rejected = sums["logp_chosen"] / sums["pairs"], sums["logp_rejected"] / sums["pairs"]
-            row |= {
-                "odds_ratio": sums["odds_ratio"] / counts.pairs,
-                "accuracy": sums["preferred"] / sums["pairs"],
-                "logp_chosen": chosen,
-                "logp_rejected": rejected,
-                "margin": chosen - rejected,
-            }
-        if weights.kl_reference:
-            row["kl_reference"] = sums["kl_reference"] / counts.chosen_tokens
-        for name in ("kl_teacher_sequence", "kl_teacher_token"):
-            if getattr(weights, name):
-                row[name] = sums[name] / max(counts.prompts, 1.0)
         self._on_row(LogRow.model_validate(row))
-        super().log({name: value for name, value in row.items() if name not in ("step", "epoch")})  # for `train.report_to`
-        del self.state.log_history[:]  # log.jsonl has it; here it would make every checkpoint longer
+        self._show({name: value for name, value in row.items() if name not in ("step", "epoch")})
+
+    def report(self, values: dict[str, float]) -> None:
+        """Show more numbers of this step to `train.report_to`."""
+        asked = self.control.should_log
+        self._show(values)
+        self.control.should_log = asked  # the step's own row is still to come
+
+    def _show(self, values: dict[str, float]) -> None:
+        super().log(values)
+        del self.state.log_history[:]  # the stage's ledgers have them; here they would make every checkpoint longer
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write checkpoint-N whole or not at all."""
@@ -245,6 +207,81 @@ class OrpoTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.student, Path(resume_from_checkpoint) / WEIGHTS)
+
+
+class OrpoTrainer(Resumable):
+    """L = NLL + lambda * L_OR + KL terms, each over the whole optimizer step: all its micro-batches on all processes."""
+
+    # our denominators already span all micro-batches: Trainer must not divide by their number once more
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        student: Student,
+        rows: list[Packed],
+        collator: Collator,
+        args: TrainingArguments,
+        *,
+        weights: Weights,
+        on_row: Callable[[LogRow], None],
+        reference: Student | None = None,
+    ) -> None:
+        """on_row: as in `Resumable`; reference: the frozen initial student, needed for `weights.kl_reference` unless the student has an
+        adapter that can be turned off.
+        """
+        # the blank fills up last batches where there are several processes; nothing else reaches it
+        filled = [*rows, blank(rows[0])]
+        super().__init__(student, on_row=on_row, model=student, args=args, train_dataset=filled, data_collator=collator)
+        self._reference, self._weights = reference, weights
+        self._step, self._counts = _Step(), Counts(1.0, 0.0, 0.0)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        size = self.args.train_batch_size * self.args.world_size
+        lengths = [row.length for row in self.train_dataset[:-1]]
+        whole = size * self.args.gradient_accumulation_steps
+        return LengthGrouped(lengths, whole, self.args.seed, multiple_of=size if self.args.world_size > 1 else 1)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> None:
+        """Count the denominators of the whole optimizer step, over all processes."""
+        self._step, self._step_began = _Step(), time.monotonic()
+        self._counts = Counts(**self._over_all_processes([asdict(denominators(b)) for b in batch_samples]))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """() a micro-batch's share of the loss. Raises TrainingError naming the examples if it is not finite."""
+        reference = None
+        if self._weights.kl_reference:
+            with torch.no_grad():
+                reference = self._reference(inputs) if self._reference is not None else self.student.initial_logits(inputs)
+        found = terms(model(inputs), inputs, self._weights, reference=reference)
+        loss = found.loss(self._weights, self._counts)
+        self._refuse_unless_finite(loss, inputs["example_ids"])
+        self._step.add(found, inputs)
+        whole: Tensor = loss * self.args.world_size
+        return whole  # gradients are averaged over the processes, and the shares must be summed
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Complete the row of a step from what `compute_loss` kept."""
+        if "loss" not in logs:  # Trainer's own summary at the end
+            return
+        sums, counts, weights = self._over_all_processes([asdict(self._step)]), self._counts, self._weights
+        row = {"nll": sums["nll"] / counts.chosen_tokens}
+        if sums["pairs"]:
+            chosen, rejected = sums["logp_chosen"] / sums["pairs"], sums["logp_rejected"] / sums["pairs"]
+            row |= {
+                "odds_ratio": sums["odds_ratio"] / counts.pairs,
+                "accuracy": sums["preferred"] / sums["pairs"],
+                "logp_chosen": chosen,
+                "logp_rejected": rejected,
+                "margin": chosen - rejected,
+            }
+        if weights.kl_reference:
+            row["kl_reference"] = sums["kl_reference"] / counts.chosen_tokens
+        for name in ("kl_teacher_sequence", "kl_teacher_token"):
+            if getattr(weights, name):
+                row[name] = sums[name] / max(counts.prompts, 1.0)
+        self._complete(logs, tokens=sums["tokens"], cells=sums["cells"], **row)
 
 
 def whole_weights(student: Student) -> dict[str, Tensor]:

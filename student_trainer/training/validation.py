@@ -87,11 +87,14 @@ class Validator(TrainerCallback):  # type: ignore[misc]
         *,
         every: float,
         patience: int | None,
+        report: Callable[[dict[str, float]], None],
     ) -> None:
-        """score: of all answers in the order of `prompts`; every: epochs; patience: validations without a better score; None: no end."""
+        """score: of all answers in the order of `prompts`; every: epochs; patience: validations without a better score; None: no end;
+        report: takes what is to be shown.
+        """
         self._answer, self._prompts, self._score = answer, prompts, score
         self._folder, self._ledger, self._every, self._patience = folder, ledger, every, patience
-        self._rows = ledger.rows() if ledger else []
+        self._report, self._rows = report, ledger.rows() if ledger else []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._epoch = state.epoch or 0.0
@@ -117,6 +120,7 @@ class Validator(TrainerCallback):  # type: ignore[misc]
         since = sum(r.step > best for r in earlier) + (not better)
         better, stop = broadcast_object_list([better, self._patience is not None and since >= self._patience])
         weights = whole_weights(student) if better else {}
+        self._report({"validation_rouge_l": row.rouge_l})
         if self._ledger is not None:
             if better:
                 with new_directory(self._folder / BEST) as folder:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,53 +14,12 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
+from trained import folder, run_with, triplets
 
-from shared.artifacts import Run, write_jsonl
 from shared.cli import main
-from shared.contracts import Triplet
-from shared.settings import Recipe, load_settings
 from student_trainer.training.trainer import WEIGHTS, checkpoints
 
-TRAIN = {"epochs": 30, "batch_size": 2, "learning_rate": 0.003, "checkpoint_steps": 5, "precision": "fp32"}
 STEPS = 30 * 3
-RECIPE = """\
-name: tiny
-teacher: {url: http://127.0.0.1:9/v1}
-student: {model: %s}
-train: %s
-"""
-
-
-def folder(path: Path, kind: str = "decoder-only") -> Path:
-    """A random student in Hugging Face format."""
-    if kind == "decoder-only":
-        return tiny_models.save_folder(tiny_models.tiny_llama(), tiny_models.tokenizer(appends_eos=False, chat=True), path)
-    return tiny_models.save_folder(tiny_models.tiny_t5(), tiny_models.tokenizer(appends_eos=True), path)
-
-
-def triplets(seed: int = 0) -> list[Triplet]:
-    """Two pairs for each of six examples."""
-    draw = random.Random(seed)
-
-    def words(count: int) -> str:
-        return " ".join(f"w{draw.randrange(tiny_models.WORDS)}" for _ in range(count))
-
-    scores = {"chosen_source": "teacher", "rejected_source": "student", "chosen_score": 1.0, "rejected_score": 0.0}
-    rows = []
-    for i in range(6):
-        prompt, chosen = words(draw.randint(4, 12)), words(4)
-        rows += [Triplet(example_id=f"e{i}", prompt=prompt, chosen=chosen, rejected=words(3), **scores) for _ in range(2)]
-    return rows
-
-
-def run_with(path: Path, model: Path, rows: list[Triplet], **train) -> list[str]:
-    """A run whose triplets are ready; returns the arguments of `distill`."""
-    recipe = path.with_suffix(".yaml")
-    recipe.write_text(RECIPE % (model, json.dumps({**TRAIN, **train})))
-    stage = Run.open(path, load_settings(Recipe, flags={}, yaml_file=recipe)).stage("triplets/r0")
-    write_jsonl(stage.path / "triplets.jsonl", rows)
-    stage.finish([stage.path / "triplets.jsonl"], settings={})
-    return ["train", "--recipe", str(recipe), "--out", str(path)]
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
@@ -138,7 +96,7 @@ def test_training_goes_on_with_the_export_if_asked(tmp_path, capsys):
     assert (tmp_path / "run" / "model" / "serving" / "model.bin").exists()
     assert not leftover.exists()
     assert main([*arguments, "--export"]) == 0
-    assert capsys.readouterr().out.endswith("train: complete, nothing to do\nexport: complete, nothing to do\n")
+    assert capsys.readouterr().out.endswith("checkpoints/r0: complete, nothing to do\nexport: complete, nothing to do\n")
 
 
 def test_a_torn_checkpoint_is_never_gone_on_from(tmp_path):

@@ -9,7 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from student_trainer.training.losses import log1mexp, log_odds, odds_ratio_loss, score, token_logps
+from student_trainer.training.collate import Collator
+from student_trainer.training.losses import (
+    Counts,
+    Weights,
+    log1mexp,
+    log_odds,
+    odds_ratio_loss,
+    prefix_tree_kl,
+    sequence_kl,
+    terms,
+    token_kl,
+    token_logps,
+)
+from student_trainer.training.packing import Packed
 
 
 def test_log_odds_of_an_even_chance_is_zero_and_of_a_fifth_is_minus_log_4():
@@ -57,23 +70,132 @@ def test_token_logps_of_bfloat16_logits_are_computed_in_float32():
     assert torch.allclose(token_logps(logits, labels).double(), expected, atol=1e-5)
 
 
-def scores():
-    """Response 0 (chosen): mean log 1/2; response 1 (rejected): mean log 1/5; response 2 (chosen, in no pair): 3 tokens of log 1/4."""
-    logps = torch.tensor([0.5, 0.5, 0.2, 0.25, 0.25, 0.25], dtype=torch.float64).log()
-    return score(logps, torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([True, False, True]), torch.tensor([[0, 1]]))
+LABELS = torch.tensor([0, 0, 1, 2, 2, 2])
 
 
-def test_the_loss_is_the_mean_over_chosen_tokens_plus_lambda_times_the_mean_over_pairs():
-    nll = (2 * math.log(2) + 3 * math.log(4)) / 5
-    assert scores().loss(0.0, chosen_tokens=5, pairs=1).item() == pytest.approx(nll)
-    assert scores().loss(0.1, chosen_tokens=5, pairs=1).item() == pytest.approx(nll + 0.1 * math.log(1.25))
+def logits(*probabilities):
+    """(T, V) float64 logits of these rows of probabilities."""
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+def batch(**changes):
+    """Response 0 (chosen, weight 1): two tokens; response 1 (rejected): one; response 2 (chosen, weight 1/2, in no pair): three."""
+    given = {
+        "labels": LABELS,
+        "response": torch.tensor([0, 0, 1, 2, 2, 2]),
+        "weights": torch.tensor([1.0, 0.0, 0.5]),
+        "shares": torch.zeros(3),
+        "pairs": torch.tensor([[0, 1]]),
+    }
+    return {**given, **changes}
+
+
+HALF, FIFTH, QUARTER = (0.5, 0.25, 0.25), (0.6, 0.2, 0.2), (0.5, 0.25, 0.25)
+GIVEN = logits(HALF, HALF, FIFTH, QUARTER, QUARTER, QUARTER)
+COUNTS = Counts(chosen_tokens=3.5, pairs=1.0, prompts=0.0)
+
+
+def test_the_loss_is_the_weighted_mean_over_chosen_tokens_plus_lambda_times_the_mean_over_pairs():
+    nll = (2 * math.log(2) + 0.5 * 3 * math.log(4)) / 3.5
+    found = terms(GIVEN, batch(), Weights())
+    assert found.loss(Weights(orpo_lambda=0.0), COUNTS).item() == pytest.approx(nll)
+    assert found.loss(Weights(orpo_lambda=0.1), COUNTS).item() == pytest.approx(nll + 0.1 * math.log(1.25))
 
 
 def test_the_denominators_are_the_callers_so_that_micro_batches_add_up():
-    assert scores().loss(0.1, chosen_tokens=10, pairs=2).item() == pytest.approx(scores().loss(0.1, chosen_tokens=5, pairs=1).item() / 2)
+    found = terms(GIVEN, batch(), Weights())
+    twice = Counts(chosen_tokens=7.0, pairs=2.0, prompts=0.0)
+    assert found.loss(Weights(), twice).item() == pytest.approx(found.loss(Weights(), COUNTS).item() / 2)
 
 
 def test_without_pairs_the_loss_is_the_negative_log_likelihood_alone():
-    logps = torch.tensor([0.5, 0.5]).log()
-    alone = score(logps, torch.tensor([0, 0]), torch.tensor([True]), torch.empty(0, 2, dtype=torch.int64))
-    assert alone.loss(0.1, chosen_tokens=2, pairs=0).item() == pytest.approx(math.log(2))
+    alone = terms(GIVEN, batch(pairs=torch.empty(0, 2, dtype=torch.int64)), Weights())
+    assert alone.loss(Weights(), Counts(3.5, 0.0, 0.0)).item() == pytest.approx((2 * math.log(2) + 1.5 * math.log(4)) / 3.5)
+
+
+def test_kl_to_the_reference_is_exact_over_the_vocabulary_and_zero_at_the_reference():
+    even = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).clamp(min=1e-300).log()
+    skewed = torch.tensor([[0.25, 0.75, 0.0]], dtype=torch.float64).clamp(min=1e-300).log()
+    assert token_kl(even, skewed).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    assert token_kl(even, even).item() == 0.0
+
+
+def test_kl_to_the_reference_counts_chosen_tokens_by_their_weight():
+    other = logits(FIFTH, HALF, HALF, FIFTH, QUARTER, QUARTER)
+    found = terms(GIVEN, batch(), Weights(kl_reference=1.0), reference=other)
+    one = sum(p * math.log(p / q) for p, q in zip(HALF, FIFTH, strict=True))
+    assert found.kl_reference.item() == pytest.approx(one + 0.5 * one)  # the rejected token, though different, counts nothing
+
+
+def test_kl_to_the_samples_is_their_nll_less_their_entropy_and_zero_when_the_student_says_just_that():
+    sums = torch.tensor([0.3, 0.9, 0.7], dtype=torch.float64).log()
+    shares = torch.tensor([0.75, 0.0, 0.25], dtype=torch.float64)
+    expected = 0.75 * math.log(0.75 / 0.3) + 0.25 * math.log(0.25 / 0.7)
+    assert sequence_kl(sums, shares).item() == pytest.approx(expected)
+    assert sequence_kl(shares.clamp(min=1e-9).log(), shares).item() == pytest.approx(0.0, abs=1e-12)
+
+
+def tree(responses, counts, *, weights=None, seed=0, vocabulary=7):
+    """Random logits for these responses of one prompt, alike where branches share a prefix, and a batch with their prefix tree."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = [Packed("a", (5,), tuple(responses), tuple(weights or [0.0] * len(responses)), tuple(counts), ())]
+    made = Collator("decoder-only", pad_token_id=0, with_samples=True)(rows)
+    node = {}
+    found = []
+    for ids in responses:
+        for length in range(len(ids)):
+            found.append(node.setdefault(ids[:length], torch.randn(vocabulary, generator=draw, dtype=torch.float64)))
+    return torch.stack(found).requires_grad_(), made
+
+
+RESPONSES, SAID = [(1, 2, 3), (1, 2, 4), (1, 5), (6,)], [3, 1, 2, 2]
+
+
+def test_the_prefix_trees_kl_without_smoothing_is_the_kl_over_whole_answers():
+    given, made = tree(RESPONSES, SAID)
+    whole = terms(given, made, Weights(kl_teacher_sequence=1.0)).kl_teacher_sequence
+    assert prefix_tree_kl(given, made, 0.0).item() == pytest.approx(whole.item(), abs=1e-6)
+
+
+def test_the_prefix_trees_kl_with_one_sample_is_label_smoothing():
+    given, made = tree([(1, 2, 3)], [1])
+    epsilon = 0.5 / 1.5  # a / (1 + a)
+    cross_entropy = F.cross_entropy(given, torch.tensor([1, 2, 3]), label_smoothing=epsilon, reduction="sum")
+    q = torch.full((7,), epsilon / 7, dtype=torch.float64)
+    q[0] += 1 - epsilon
+    entropy = -(q * q.log()).sum()
+    assert prefix_tree_kl(given, made, 0.5).item() == pytest.approx((cross_entropy - 3 * entropy).item(), abs=1e-6)
+
+
+def test_the_prefix_trees_kl_equals_its_definition_node_by_node():
+    given, made = tree(RESPONSES, SAID)
+    a, size, total = 0.3, 7, sum(SAID)
+    expected, at = 0.0, 0
+    for ids, count in zip(RESPONSES, SAID, strict=True):
+        for length in range(len(ids)):
+            follows = [0.0] * size
+            for other, times in zip(RESPONSES, SAID, strict=True):
+                if other[:length] == ids[:length] and len(other) > length:
+                    follows[other[length]] += times
+            q = (torch.tensor(follows, dtype=torch.float64) + a / size) / (sum(follows) + a)
+            expected += count / total * (q * (q.log() - given[at].log_softmax(-1))).sum().item()
+            at += 1
+    assert prefix_tree_kl(given, made, a).item() == pytest.approx(expected, abs=1e-6)
+    assert torch.autograd.gradcheck(lambda x: prefix_tree_kl(x, made, a), (given,))
+
+
+def test_a_chosen_response_that_the_teacher_never_said_adds_nothing_to_its_kl():
+    given, made = tree([*RESPONSES, (2, 2)], [*SAID, 0], weights=[0.0, 0.0, 0.0, 0.0, 1.0])
+    alone, without = tree(RESPONSES, SAID)
+    assert len(given) == len(alone) + 2
+    for a in (0.0, 1.0):
+        assert prefix_tree_kl(given, made, a).item() == pytest.approx(prefix_tree_kl(alone, without, a).item())
+
+
+def test_samples_of_a_known_teacher_at_temperature_1_give_its_cross_entropy_without_bias():
+    teacher = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    student = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    draws = torch.multinomial(teacher.expand(20_000, 3), 4, replacement=True, generator=torch.Generator().manual_seed(0))
+    shares = F.one_hot(draws, 3).double().mean(1)
+    estimated = torch.stack([sequence_kl(student.log(), share) + torch.special.entr(share).sum() for share in shares[:4000]]).mean()
+    assert estimated.item() == pytest.approx(-(teacher * student.log()).sum().item(), abs=0.01)

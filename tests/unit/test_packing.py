@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from tiny_models import KINDS, collator, examples, gradients, loss_of, student
+from tiny_models import KINDS, collator, examples, gradients, loss_of, packed, student
 
-from shared.contracts import Triplet
+from shared.contracts import Response, Triplet
 from shared.errors import TrainingError
-from student_trainer.training.losses import score
-from student_trainer.training.packing import Packed, Packer, cells, group, visible
+from student_trainer.training.collate import blank, cells, denominators, visible
+from student_trainer.training.losses import Counts, Weights, terms
+from student_trainer.training.packing import Packer, group, samples_by_example
 from student_trainer.training.student import Student, refuse_unless_packable, tell_truth_about_tying
 
 
@@ -41,17 +42,17 @@ def numpy_logps(student, prompt, response):
 
 
 def numpy_loss(student, rows, orpo_lambda=0.1):
-    """The paper's loss, one response at a time."""
-    nll, tokens, ratios = 0.0, 0, []
+    """The paper's loss, one response at a time; several chosen are weighted."""
+    nll = tokens = ratios = pair_weights = 0.0
     for row in rows:
-        chosen = [numpy_logps(student, row.prompt, ids) for ids in row.chosen]
-        rejected = [numpy_logps(student, row.prompt, ids) for ids in row.rejected]
-        nll -= sum(c.sum() for c in chosen)
-        tokens += sum(map(len, chosen))
+        logps = [numpy_logps(student, row.prompt, ids) for ids in row.responses]
+        nll -= sum(w * logp.sum() for w, logp in zip(row.weights, logps, strict=True))
+        tokens += sum(w * len(logp) for w, logp in zip(row.weights, logps, strict=True))
         for c, r in row.pairs:
-            odds = [m - np.log(1 - np.exp(m)) for m in (chosen[c].mean(), rejected[r].mean())]
-            ratios.append(np.log(1 + np.exp(odds[1] - odds[0])))
-    return nll / tokens + orpo_lambda * np.mean(ratios)
+            odds = [m - np.log(1 - np.exp(m)) for m in (logps[c].mean(), logps[r].mean())]
+            ratios += row.weights[c] * np.log(1 + np.exp(odds[1] - odds[0]))
+            pair_weights += row.weights[c]
+    return nll / tokens + orpo_lambda * ratios / pair_weights
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,25 +62,25 @@ def test_packed_loss_equals_numpy_one_response_at_a_time(kind, rejected, chosen)
     assert loss_of(model, collator(kind)(rows)).item() == pytest.approx(numpy_loss(model, rows), abs=1e-5)
 
 
+def test_several_chosen_count_by_their_weights():
+    model = student("decoder-only")
+    one, two, worse = (20, 21), (30, 31, 32), (40,)
+    weighted = [packed("a", (10, 11), [one, two], [worse], weights=[0.75, 0.25])]
+    assert loss_of(model, collator("decoder-only")(weighted)).item() == pytest.approx(numpy_loss(model, weighted), abs=1e-6)
+    alone = loss_of(model, collator("decoder-only")([packed("a", (10, 11), [one], [worse])])).item()
+    nearly = [packed("a", (10, 11), [one, two], [worse], weights=[1.0, 1e-12])]
+    assert loss_of(model, collator("decoder-only")(nearly)).item() == pytest.approx(alone, abs=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_gradients_equal_unpacked_gradients(kind):
     model, rows = student(kind), examples(4, 3)
-    packed = gradients(model, loss_of(model, collator(kind)(rows)))
-    logps, response, chosen, pairs = [], [], [], []
-    for row in rows:
-        first = len(chosen)
-        for ids in (*row.chosen, *row.rejected):
-            logits = logits_of(model, row.prompt, ids)
-            logps.append(torch.log_softmax(logits, -1)[range(len(ids)), ids])
-            response += [len(chosen)] * len(ids)
-            chosen.append(len(chosen) == first)
-        pairs += [(first, first + 1 + r) for _, r in row.pairs]
-    chosen_tensor = torch.tensor(chosen)
-    scores = score(torch.cat(logps), torch.tensor(response), chosen_tensor, torch.tensor(pairs))
-    tokens = int(chosen_tensor[torch.tensor(response)].sum())
-    unpacked = gradients(model, scores.loss(0.1, chosen_tokens=tokens, pairs=len(pairs)))
-    assert packed.keys() == unpacked.keys()
-    for name, gradient in packed.items():
+    found = gradients(model, loss_of(model, collator(kind)(rows)))
+    batch = collator(kind)(rows)
+    logits = torch.cat([logits_of(model, row.prompt, ids) for row in rows for ids in row.responses])
+    unpacked = gradients(model, terms(logits, batch, Weights()).loss(Weights(), denominators(batch)))
+    assert found.keys() == unpacked.keys()
+    for name, gradient in found.items():
         assert torch.allclose(gradient, unpacked[name], atol=1e-6, rtol=1e-4), name  # norms round to float32 inside
 
 
@@ -95,13 +96,13 @@ def test_neighbours_in_a_batch_change_nothing_though_they_bring_padding(kind):
 def test_lambda_zero_lays_out_only_the_chosen_responses_and_gives_their_nll(kind):
     model, rows = student(kind), examples(4, 3)
     batch = collator(kind, with_rejected=False)(rows)
-    assert batch["chosen"].all()
-    assert len(batch["labels"]) == sum(len(ids) for row in rows for ids in row.chosen)
-    assert loss_of(model, batch, 0.0).item() == pytest.approx(numpy_loss(model, rows, 0.0), abs=1e-5)
+    assert batch["weights"].tolist() == [1.0] * 4
+    assert len(batch["labels"]) == sum(len(row.responses[0]) for row in rows)
+    assert loss_of(model, batch, Weights(orpo_lambda=0.0)).item() == pytest.approx(numpy_loss(model, rows, 0.0), abs=1e-5)
 
 
 def test_the_first_token_of_every_branch_is_predicted_at_the_end_of_the_prompt():
-    batch = collator("decoder-only")([Packed("a", (10, 11, 12), ((20, 21),), ((30, 31, 32), (40,)), ((0, 0), (0, 1)))])
+    batch = collator("decoder-only")([packed("a", (10, 11, 12), [(20, 21)], [(30, 31, 32), (40,)])])
     assert batch["input_ids"].tolist() == [[10, 11, 12, 20, 30, 31]]  # no branch needs its last token as input
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 3, 4]]
     assert batch["segments"].tolist() == [[0, 0, 0, 1, 2, 2]]
@@ -110,7 +111,7 @@ def test_the_first_token_of_every_branch_is_predicted_at_the_end_of_the_prompt()
 
 
 def test_encoder_decoder_responses_start_with_the_start_token_each():
-    batch = collator("encoder-decoder")([Packed("a", (10, 11), ((20, 21),), ((30,),), ((0, 0),))])
+    batch = collator("encoder-decoder")([packed("a", (10, 11), [(20, 21)], [(30,)])])
     assert batch["decoder_input_ids"].tolist() == [[0, 20, 0]]
     assert batch["labels"].tolist() == [20, 21, 30]
     assert batch["segments"].tolist() == [[1, 1, 2]]
@@ -123,7 +124,7 @@ def test_a_branch_sees_the_prompt_and_itself_but_no_other_branch_and_nothing_ahe
 
 
 def test_cells_counts_tokens_and_padding():
-    rows = [Packed("a", (10, 11, 12), ((20,),), ((30,),), ((0, 0),)), Packed("b", (10,), ((20,),), ((30,),), ((0, 0),))]
+    rows = [packed("a", (10, 11, 12), [(20,)], [(30,)]), packed("b", (10,), [(20,)], [(30,)])]
     assert cells(collator("decoder-only")(rows)) == (4, 6)
     assert cells(collator("encoder-decoder")(rows)) == (8, 10)
 
@@ -163,9 +164,40 @@ def test_two_passes_in_training_mode_agree_once_dropout_is_off():
 def test_triplets_of_one_example_share_a_row_with_each_text_once():
     grouped = group([triplet(rejected="w5"), triplet(rejected="w6"), triplet("b"), triplet(rejected="w5", chosen="w7")])
     assert [g.example_id for g in grouped] == ["a", "b"]
-    assert grouped[0].chosen == ("w3 w4", "w7")
-    assert grouped[0].rejected == ("w5", "w6")
-    assert grouped[0].pairs == ((0, 0), (0, 1), (1, 0))
+    assert grouped[0].responses == ("w3 w4", "w7", "w5", "w6")
+    assert grouped[0].weights == (0.5, 0.5, 0.0, 0.0)
+    assert grouped[0].pairs == ((0, 2), (0, 3), (1, 2))
+
+
+def test_weights_of_the_chosen_are_relative_and_add_up_to_one():
+    (grouped,) = group([triplet(chosen_weight=0.6), triplet(chosen="w7", chosen_weight=0.2)])
+    assert grouped.weights == (pytest.approx(0.75), pytest.approx(0.25), 0.0)
+
+
+def answer(sample, text, **other):
+    given = {"key": "k", "example_id": "a", "status": "ok", "finish_reason": "stop", "model": "t", "latency_s": 0, "attempts": 1}
+    return Response(**{**given, "sample": sample, "text": text, "received_at": "2026-01-01", **other})
+
+
+def test_the_teachers_whole_answers_are_counted_beside_the_pairs():
+    rows = [answer(0, "w3 w4"), answer(1, " w3 w4 "), answer(2, "w8"), answer(3, "w9 w9", finish_reason="length"), answer(4, " ")]
+    said = samples_by_example([*rows, answer(2, "w5")])  # asked again: the last row counts
+    (grouped,) = group([triplet()], said)
+    assert grouped.responses == ("w3 w4", "w5")
+    assert grouped.counts == (2, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_blank_adds_nothing_to_the_loss_and_to_no_gradient(kind):
+    model, rows = student(kind), examples(3, 2)
+    alone, filled = collator(kind)(rows), collator(kind)([*rows, blank(rows[0])])
+    assert denominators(filled) == denominators(alone)
+    assert loss_of(model, filled).item() == pytest.approx(loss_of(model, alone).item(), abs=1e-9)
+    found, expected = gradients(model, loss_of(model, filled)), gradients(model, loss_of(model, alone))
+    assert all(torch.allclose(found[name], gradient, atol=1e-9) for name, gradient in expected.items())
+    only = collator(kind)([blank(rows[0])])
+    assert denominators(only) == Counts(chosen_tokens=0.0, pairs=0.0, prompts=0.0)
+    assert loss_of(model, only).item() == 0.0
 
 
 @pytest.mark.parametrize(
@@ -190,8 +222,7 @@ def test_a_chat_prompt_is_rendered_by_the_template_and_a_t5_prompt_ends_with_eos
 
 def test_only_responses_that_were_not_cut_end_with_eos():
     rows, census = packer(max_response_tokens=3).pack(group([triplet(chosen="w1 w2", rejected="w1 w2 w3 w4")]))
-    assert rows[0].chosen == ((5, 6, tiny_models.EOS),)
-    assert rows[0].rejected == ((5, 6, 7),)
+    assert rows[0].responses == ((5, 6, tiny_models.EOS), (5, 6, 7))
     assert census.cut_responses == 1
 
 

@@ -12,21 +12,23 @@ from tiny_models import KINDS, collator, examples, gradients, loss_of, student
 
 from shared.errors import TrainingError
 from shared.settings import TrainSettings
-from student_trainer.training.losses import score
+from student_trainer.training.collate import LengthGrouped
+from student_trainer.training.losses import Weights
 from student_trainer.training.student import adapt, freeze_lowest, load, native_bf16
-from student_trainer.training.trainer import LengthGrouped, OrpoTrainer, arguments, checkpoints, remove_checkpoint
+from student_trainer.training.trainer import OrpoTrainer, arguments, checkpoints, remove_checkpoint
 
 
 def trainer(model, rows, folder, **settings):
     """An OrpoTrainer and the list its log rows are put in."""
-    chosen = TrainSettings(**{"scheduler": "constant", "warmup_fraction": 0.0, "learning_rate": 1e-2, **settings})
+    given = {"scheduler": "constant", "warmup_fraction": 0.0, "learning_rate": 1e-2, "checkpoint_steps": 20, "report_to": ()}
+    chosen = TrainSettings(**{**given, **settings})
     log = []
     made = OrpoTrainer(
         model,
         rows,
         collator(model.kind, with_rejected=chosen.orpo_lambda > 0),
         arguments(chosen, folder, seed=0),
-        orpo_lambda=chosen.orpo_lambda,
+        weights=Weights(orpo_lambda=chosen.orpo_lambda),
         on_row=log.append,
     )
     return made, log
@@ -70,7 +72,7 @@ def test_loss_and_gradients_equal_those_of_trl(kind, rejected, tmp_path, monkeyp
 
     def batch(number):
         """TRL takes one rejected response a row: the `number`th."""
-        sides = {"chosen": [r.chosen[0] for r in rows], "rejected": [r.rejected[number] for r in rows]}
+        sides = {"chosen": [r.responses[0] for r in rows], "rejected": [r.responses[1 + number] for r in rows]}
         prompts = [r.prompt for r in rows]
         found = {"prompt_input_ids": padded(prompts, 0), "prompt_attention_mask": padded([[1] * len(p) for p in prompts], 0)}
         for name, texts in sides.items():
@@ -87,7 +89,7 @@ def test_loss_and_gradients_equal_those_of_trl(kind, rejected, tmp_path, monkeyp
             return oracle.get_batch_loss_metrics(model.model, batch(number))[0]
         # TRL's NLL of a decoder-only model includes the prompt; the paper's (and ours) is of the response alone
         chosen, rejected, *_ = oracle.concatenated_forward(model.model, batch(number))
-        lengths = torch.tensor([len(r.chosen[0]) for r in rows])
+        lengths = torch.tensor([len(r.responses[0]) for r in rows])
         return -(chosen * lengths).sum() / lengths.sum() - oracle.odds_ratio_loss(chosen, rejected)[0].mean()
 
     model.train()
@@ -196,9 +198,9 @@ def test_lora_trains_linear_layers_above_the_frozen_ones_and_merges_to_the_same_
 def test_bf16_scores_are_near_those_of_float32():
     model = student("decoder-only").float()
     batch = collator("decoder-only")(examples(4, 2))
-    exact = score(model(batch), batch["response"], batch["chosen"], batch["pairs"]).nll.item()
+    exact = loss_of(model, batch).item()
     model.bf16 = True
-    rough = score(model(batch), batch["response"], batch["chosen"], batch["pairs"]).nll.item()
+    rough = loss_of(model, batch).item()
     assert rough != exact
     assert rough == pytest.approx(exact, rel=0.02)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from shared.datasets.stage import prepare
 from shared.errors import DataError, LeakageError, StageOrder
 from shared.prompts import zero_shot
 from shared.settings import DatasetSettings, Recipe, SampleSettings, TeacherSettings, TripletSettings
-from student_trainer.triplets.build import STUDENT, TEACHER, build, make_triplets, refuse_leaks
+from student_trainer.triplets.build import TEACHER, build, make_triplets, refuse_leaks
 from student_trainer.triplets.candidates import Candidate, gather
 from student_trainer.triplets.pairs import pair
 from student_trainer.triplets.ranking import by_consensus, by_reference, rouge_l
 
+STUDENT = "responses/student-r0"
 ROUGE = rouge_l()
 
 
@@ -93,20 +95,20 @@ def test_one_teacher_sample_is_no_consensus() -> None:
 def test_unusable_answers_are_dropped_by_reason_but_a_cut_off_student_stays() -> None:
     asked = [failed("a"), response("a", " ?! ", 1), response("a", "one two", 2, finish_reason="length"), response("a", " one ", 3)]
     own = [response("a", "two", 0, finish_reason="length"), failed("a", 1)]
-    kept, dropped = gather(asked, own)
+    kept, dropped = gather({"teacher": asked, "student": own})
     assert kept == {"a": [teacher("one", 3), Candidate("two", "student", 0, cut_off=True)]}
     assert dropped == {"failed (teacher)": 1, "empty (teacher)": 1, "cut off (teacher)": 1, "failed (student)": 1}
 
 
 def test_of_two_rows_for_one_sample_the_last_counts() -> None:
-    kept, dropped = gather([failed("a"), response("a", "one")], [])
+    kept, dropped = gather({"teacher": [failed("a"), response("a", "one")]})
     assert kept == {"a": [teacher("one")]}
     assert dropped == {"asked again": 1}
 
 
 def test_the_order_of_the_ledger_does_not_matter() -> None:
     rows = [response("a", f"text {n}", n) for n in range(5)]
-    assert gather(rows, []) == gather(rows[::-1], [])
+    assert gather({"teacher": rows}) == gather({"teacher": rows[::-1]})
 
 
 # --- pairs
@@ -115,15 +117,14 @@ def test_the_order_of_the_ledger_does_not_matter() -> None:
 def test_the_student_is_rejected_first_and_the_worst_first_within_a_source() -> None:
     candidates = [teacher("best", 0), teacher("fair", 1), teacher("bad", 2), student("poor", 0), student("awful", 1)]
     made = pair(candidates, [0.9, 0.5, 0.2, 0.4, 0.1], TripletSettings(max_rejected=3), ROUGE)
-    assert made.chosen == (candidates[0], 0.9)
+    assert made.chosen == ((candidates[0], 0.9),)
     assert [c.text for c, _ in made.rejected] == ["awful", "poor", "bad"]
     assert made.dropped == {"over max_rejected": 1}
 
 
 def test_a_better_student_is_neither_chosen_nor_rejected() -> None:
     made = pair([teacher("good"), student("better", 0), student("bad", 1)], [0.6, 0.8, 0.1], TripletSettings(), ROUGE)
-    assert made.chosen is not None
-    assert made.chosen[0].text == "good"
+    assert [c.text for c, _ in made.chosen] == ["good"]
     assert [c.text for c, _ in made.rejected] == ["bad"]
     assert made.dropped == {"better than the chosen (student)": 1}
 
@@ -138,7 +139,7 @@ def test_ties_near_equals_and_repeats_are_dropped_by_reason() -> None:
 
 def test_a_margin_of_zero_still_drops_equal_scores() -> None:
     made = pair([teacher("one"), student("two")], [0.5, 0.5], TripletSettings(margin=0), ROUGE)
-    assert made.chosen is None
+    assert not made.chosen
     assert made.dropped == {"tie with the chosen": 1, "prompt without triplet: nothing to reject": 1}
 
 
@@ -151,35 +152,113 @@ def test_without_a_teacher_answer_there_is_no_pair() -> None:
 def test_ranking_first_takes_the_first_teacher_sample_against_the_students_alone() -> None:
     answers = [response("a", f"t{n}", n) for n in (1, 0)]
     own = [response("a", f"s{n}", n) for n in (1, 0)]
-    triplets, census = make_triplets(recipe("first"), [example(summary=None)], answers, own)
+    triplets, census = make_triplets(recipe("first"), [example(summary=None)], {"teacher": answers, "student": own})
     assert [(t.chosen, t.rejected) for t in triplets] == [("t0", "s0"), ("t0", "s1")]
     assert census.dropped == {"not the first (teacher)": 1}
 
 
+def test_whose_answers_are_rejected_is_a_setting() -> None:
+    candidates, scores = [teacher("best"), teacher("bad", 1), student("awful")], [0.9, 0.2, 0.1]
+    only = pair(candidates, scores, TripletSettings(rejected_from=("teacher",)), ROUGE)
+    assert [c.text for c, _ in only.rejected] == ["bad"]
+    assert only.dropped == {"not in rejected_from (student)": 1}
+    first = pair(candidates, scores, TripletSettings(rejected_from=("teacher", "student")), ROUGE)
+    assert [c.text for c, _ in first.rejected] == ["bad", "awful"]
+
+
+def test_several_chosen_are_paired_with_what_each_of_them_beats() -> None:
+    candidates = [teacher("best"), teacher("good", 1), teacher("fair", 2), student("poor"), student("awful", 1)]
+    made = pair(candidates, [0.9, 0.7, 0.42, 0.4, 0.1], TripletSettings(max_chosen=3), ROUGE)
+    assert [c.text for c, _ in made.chosen] == ["best", "good", "fair"]
+    assert [c.text for c, _ in made.rejected] == ["awful", "poor"]
+    assert made.pairs == ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0))  # fair beats poor by less than the margin
+
+
+def test_a_further_chosen_one_that_beats_nothing_is_dropped_by_reason() -> None:
+    made = pair([teacher("best"), teacher("fair", 1), student("poor")], [0.9, 0.42, 0.4], TripletSettings(max_chosen=2), ROUGE)
+    assert [c.text for c, _ in made.chosen] == ["best"]
+    assert made.dropped == {"chosen, but beats nothing that is rejected": 1}
+
+
+def current(text: str, sample: int = 0) -> Candidate:
+    return Candidate(text, "current-student", sample)
+
+
+@pytest.mark.parametrize(
+    ("on_policy", "draw", "expected"),
+    [
+        (0.5, 0.0, ["c0", "c1", "s0", "s1"]),
+        (0.0, 0.9, ["s0", "s1", "s2", "s3"]),
+        (1.0, 0.0, ["c0", "c1", "c2", "c3"]),
+        (0.3, 0.0, ["c0", "s0", "s1", "s2"]),  # 1.2 of 4
+        (0.3, 0.85, ["c0", "c1", "s0", "s1"]),  # what falls to a prompt out of the 0.2
+    ],
+)
+def test_of_the_students_answers_a_share_is_the_current_ones(on_policy: float, draw: float, expected: list[str]) -> None:
+    candidates = [teacher("best"), *(student(f"s{n}", n) for n in range(5)), *(current(f"c{n}", n) for n in range(5))]
+    scores = [0.9, *(n / 10 for n in range(5)), *(n / 10 for n in range(5))]
+    made = pair(candidates, scores, TripletSettings(max_rejected=4, on_policy=on_policy), ROUGE, draw=draw)
+    assert sorted(c.text for c, _ in made.rejected) == expected
+
+
+def test_where_the_current_student_has_too_few_answers_the_initial_ones_fill_up_and_the_reverse() -> None:
+    settings = TripletSettings(max_rejected=4, on_policy=0.5)
+    few = pair([teacher("best"), *(student(f"s{n}", n) for n in range(4)), current("c0")], [0.9, 0, 0, 0, 0, 0], settings, ROUGE)
+    assert Counter(c.source for c, _ in few.rejected) == {"student": 3, "current-student": 1}
+    many = pair([teacher("best"), student("s0"), *(current(f"c{n}", n) for n in range(4))], [0.9, 0, 0, 0, 0, 0], settings, ROUGE)
+    assert Counter(c.source for c, _ in many.rejected) == {"student": 1, "current-student": 3}
+
+
+def test_with_one_rejected_answer_half_of_the_prompts_reject_a_current_one() -> None:
+    train = [example(f"e{n}") for n in range(400)]
+    answers = {
+        "teacher": [response(e.id, e.summary or "", 0) for e in train],
+        "student": [response(e.id, "nine", 0) for e in train],
+        "current-student": [response(e.id, "ten", 0) for e in train],
+    }
+    triplets, _ = make_triplets(recipe(max_rejected=1), train, answers)  # type: ignore[arg-type]
+    shares = Counter(t.rejected_source for t in triplets)
+    assert len(triplets) == 400
+    assert 160 <= shares["current-student"] <= 240  # 4 standard deviations
+
+
 WORDS = st.lists(st.sampled_from(["one", "two", "three", "four", "Nine?", "!"]), max_size=5).map(" ".join)
+Rows = list[tuple[str, int, str, str]]
 ANSWERS = st.lists(
     st.tuples(st.sampled_from("abc"), st.integers(0, 4), WORDS, st.sampled_from(["stop", "stop", "length", "failed"])), max_size=24
 )
 
 
 @settings(max_examples=200, deadline=None)
-@given(ANSWERS, ANSWERS, st.sampled_from(["reference", "consensus", "first"]), st.sampled_from([0.0, 0.05, 0.4]), st.integers(1, 3))
+@given(
+    ANSWERS,
+    ANSWERS,
+    ANSWERS,
+    st.sampled_from(["reference", "consensus", "first"]),
+    st.sampled_from([0.0, 0.05, 0.4]),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
 def test_every_answer_and_prompt_is_accounted_for_and_each_pair_keeps_the_rules(
-    asked: list[tuple[str, int, str, str]], own: list[tuple[str, int, str, str]], ranking: str, margin: float, most: int
+    asked: Rows, own: Rows, now: Rows, ranking: str, margin: float, most: int, best: int
 ) -> None:
-    ledgers = [
-        [failed(e, n) if end == "failed" else response(e, text, n, finish_reason=end) for e, n, text, end in rows] for rows in (asked, own)
-    ]
+    ledgers = {
+        source: [failed(e, n) if end == "failed" else response(e, text, n, finish_reason=end) for e, n, text, end in rows]
+        for source, rows in (("teacher", asked), ("student", own), ("current-student", now))
+    }
     train = [example("a"), example("b", "two nine"), example("c", None)]
-    chosen_recipe = recipe(ranking, margin=margin, max_rejected=most)
-    triplets, census = make_triplets(chosen_recipe, train, *ledgers)
-    assert census.rows == len(asked) + len(own) == census.kept + census.dropped.total()
+    chosen_recipe = recipe(ranking, margin=margin, max_rejected=most, max_chosen=best)
+    triplets, census = make_triplets(chosen_recipe, train, ledgers)
+    assert census.rows == len(asked) + len(own) + len(now) == census.kept + census.dropped.total()
     assert census.prompts == 3 == census.prompts_kept + census.prompts_dropped.total()
-    assert census.triplets == len(triplets) == census.rejected_sources.total()
-    by_prompt = Counter(t.example_id for t in triplets)
-    assert census.prompts_kept == len(by_prompt)
-    assert census.kept == len(by_prompt) + len(triplets)
-    assert max(by_prompt.values(), default=0) <= most
+    assert census.triplets == len(triplets)
+    sides = [{(t.example_id, text) for t, text in zip(triplets, texts, strict=True)} for texts in _columns(triplets)]
+    assert census.prompts_kept == len({t.example_id for t in triplets})
+    assert census.kept == sum(map(len, sides))
+    assert census.rejected_sources.total() == len(sides[1])
+    assert not sides[0] & sides[1]  # nothing is chosen and rejected
+    for side, largest in zip(sides, (best, most), strict=True):
+        assert max(Counter(e for e, _ in side).values(), default=0) <= largest
     whole = {(e, text.strip()) for e, _, text, end in asked if end == "stop"}
     for t in triplets:
         assert normalise(t.chosen) != normalise(t.rejected)
@@ -191,7 +270,11 @@ def test_every_answer_and_prompt_is_accounted_for_and_each_pair_keeps_the_rules(
         if ranking == "reference":
             reference = {e.id: e.summary for e in train}[t.example_id]
             assert t.chosen_score == ROUGE(t.chosen, reference or "")
-    assert make_triplets(chosen_recipe, train, ledgers[0], ledgers[1]) == (triplets, census)
+    assert make_triplets(chosen_recipe, train, ledgers) == (triplets, census)
+
+
+def _columns(triplets: Sequence[Triplet]) -> tuple[list[str], list[str]]:
+    return [t.chosen for t in triplets], [t.rejected for t in triplets]
 
 
 # --- the stage
@@ -289,7 +372,7 @@ def test_ranking_first_without_student_samples_names_the_setting(tmp_path: Path)
 
 def test_ranking_by_reference_without_references_names_the_other_ranking() -> None:
     with pytest.raises(DataError, match=r"triplets.ranking=consensus"):
-        make_triplets(recipe(), [example(summary=None)], [], [])
+        make_triplets(recipe(), [example(summary=None)], {"teacher": [], "student": []})
 
 
 @pytest.mark.parametrize("folder", [TEACHER, STUDENT])

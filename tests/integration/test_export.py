@@ -1,0 +1,234 @@
+"""The export of tiny random students: what is served is what was trained, and the card says what is known and no secret."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import shared.engines.convert
+from evaluator.card import SECTION
+from shared.artifacts import Run, sha256_file
+from shared.contracts import GenerationRequest, Sampling
+from shared.datasets.stage import prepare
+from shared.engines.local import LocalModel
+from shared.errors import EngineError
+from shared.prompts import SUMMARISE_QUESTION, messages, zero_shot
+from shared.settings import Recipe
+from student_trainer.card import SCORES, hub_name, public_url
+from student_trainer.export import export
+from student_trainer.training.stage import save
+from student_trainer.training.student import load
+
+URL = "http://alice:s3cret@teacher.example:8000/v1?key=hush"
+BEST = {"step": 7, "epoch": 1.0, "rouge_l": 0.321}
+
+
+def model(kind: str, seed: int, path: Path) -> Path:
+    if kind == "decoder-only":
+        return tiny_models.save_folder(tiny_models.tiny_llama(seed), tiny_models.tokenizer(appends_eos=False, chat=True), path)
+    return tiny_models.save_folder(tiny_models.tiny_t5(seed), tiny_models.tokenizer(appends_eos=True), path)
+
+
+def rows(path: Path, count: int = 60) -> Path:
+    """A data set in the words that the tiny models know."""
+    draw = random.Random(0)
+    texts = [" ".join(f"w{draw.randrange(tiny_models.WORDS)}" for _ in range(draw.randint(4, 40))) for _ in range(2 * count)]
+    path.write_text("".join(json.dumps({"question": q, "summary": s}) + "\n" for q, s in zip(texts[::2], texts[1::2], strict=True)))
+    return path
+
+
+def trained(folder: Path, kind: str, **changes) -> Run:
+    """A run whose only round of training is complete."""
+    values = {
+        "name": "tiny",
+        "dataset": {"name": "file", "path": rows(folder / "rows.jsonl"), "validation_rows": 20, "test_rows": 10},
+        "teacher": {"url": URL, "model": "big-model", "api_key": "sk-very-secret"},
+        "student": {"model": str(model(kind, 0, folder / "base"))},
+        "export": {"quantization": "float32"},
+        "evaluate": {"max_tokens": 24},
+    }
+    run = Run.open(folder / "run", Recipe(**{**values, **changes}))
+    stage = run.stage("checkpoints/r0")
+    model(kind, 1, stage.path / "student")
+    stage.finish([stage.path / "student"], settings={}, counts={"best_validation": BEST})
+    return run
+
+
+def parity(run: Run) -> dict:
+    return run.manifest("model").counts["parity"]
+
+
+def card(run: Run) -> str:
+    return (run.path / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_in_float32_both_folders_give_the_same_answer_to_each_of_32_prompts_and_the_manifest_says_so(kind, tmp_path, capsys):
+    run = trained(tmp_path, kind)
+    export(run)
+    assert parity(run) == {"prompts": 32, "identical": 32, "mean_rouge_l": 1.0, "quantization": "float32"}
+    assert "export: hf/ and serving/ (float32) answer 32 of 32 prompts identically, mean ROUGE-L 1.00\n" in capsys.readouterr().out
+    assert sha256_file(run.path / "model/hf/model.safetensors") == sha256_file(run.path / "checkpoints/r0/student/model.safetensors")
+
+
+def test_penalties_in_the_generation_config_of_a_student_are_no_difference_between_the_folders(tmp_path):
+    run = trained(tmp_path, "decoder-only")
+    file = run.path / "checkpoints/r0/student/generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "repetition_penalty": 9.0, "min_new_tokens": 24}))
+    export(run)
+    assert parity(run)["identical"] == 32
+
+
+def test_answers_end_at_the_same_stop_text_even_if_they_begin_with_it(tmp_path):
+    run = trained(tmp_path, "decoder-only", evaluate={"max_tokens": 24, "stop": ["w5"]})  # w56 is where most answers begin
+    export(run)
+    assert parity(run)["identical"] == 32
+
+
+def test_of_few_rows_all_are_asked_but_those_that_the_model_cannot_read(tmp_path):
+    short = {"name": "file", "path": rows(tmp_path / "few.jsonl", 12), "validation_rows": 3, "test_rows": 3}
+    (tmp_path / "few").mkdir()
+    run = trained(tmp_path / "few", "decoder-only", dataset=short)
+    export(run)
+    assert parity(run)["prompts"] == 9
+
+    (tmp_path / "none").mkdir()
+    run = trained(tmp_path / "none", "decoder-only", evaluate={"max_tokens": 256})  # as many tokens as the model reads in all
+    export(run)
+    assert parity(run) == {"prompts": 0, "identical": 0, "mean_rouge_l": None, "quantization": "float32"}
+
+
+def test_int8_is_measured_and_never_refused(tmp_path):
+    run = trained(tmp_path, "decoder-only", export={"quantization": "int8"})
+    export(run)
+    assert parity(run)["prompts"] == 32
+    assert parity(run)["identical"] < 32
+    assert "(int8) answer" in card(run)
+
+
+@pytest.mark.parametrize("quantization", ["float32", "float16"])
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_a_serving_folder_of_other_weights_is_refused_and_nothing_is_exported(kind, quantization, tmp_path, monkeypatch):
+    run, other, right = trained(tmp_path, kind, export={"quantization": quantization}), tmp_path / "other", shared.engines.convert.convert
+    model(kind, 2, other)
+    monkeypatch.setattr(shared.engines.convert, "convert", lambda source, out, **options: right(str(other), out, **options))
+    with pytest.raises(
+        EngineError, match=r"the conversion changed the model: .* of 32 prompts identically, mean ROUGE-L 0\.[0-4]"
+    ) as refused:
+        export(run)
+    assert ("export.quantization=float32" in str(refused.value)) == (quantization == "float16")
+    assert not (run.path / "model").exists()
+
+
+def test_of_a_lora_student_the_adapter_is_exported_beside_the_merged_weights(tmp_path):
+    run = trained(tmp_path, "decoder-only", train={"lora_rank": 2})
+    stage = run.stage("checkpoints/r0")
+    student, tokenizer = load(tmp_path / "base", run.recipe.train, bf16=False)
+    for name, weights in student.trained().items():
+        if "lora_B" in name:  # zeros before any training
+            torch.nn.init.normal_(weights, std=0.3)
+    save(student, tokenizer, stage.path)
+    stage.finish([stage.path / "student", stage.path / "adapter"], settings={})
+    export(run)
+
+    exported, ids = run.path / "model", torch.tensor([[5, 6, 7, 8]])
+    merged = AutoModelForCausalLM.from_pretrained(exported / "hf")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert not [name for name in merged.state_dict() if "lora" in name]
+    assert not torch.allclose(base(ids).logits, merged(ids).logits)
+    torch.testing.assert_close(PeftModel.from_pretrained(base, exported / "adapter")(ids).logits, merged(ids).logits)
+    assert parity(run)["identical"] == 32
+    assert "model/adapter/adapter_model.safetensors" in {output.path for output in run.manifest("model").outputs}
+    assert f"`{sha256_file(exported / 'adapter/adapter_model.safetensors')}`" in card(run)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("decoder-only", "text-generation"), ("encoder-decoder", "text2text-generation")])
+def test_the_hub_reads_the_card_and_it_tells_what_a_user_must_know(kind, task, tmp_path):
+    run = trained(tmp_path, kind)
+    export(run)
+    read = ModelCard(card(run))
+    assert read.data.pipeline_tag == task
+    assert (read.data.language, read.data.library_name, read.data.license) == ("en", "transformers", "other")
+    assert read.data.tags == ["blackbox-distill", "orpo", "knowledge-distillation", "ctranslate2"]
+    for file in ("hf/model.safetensors", "serving/model.bin", "serving/tokenizer.json"):
+        assert f"| `{file}` | `{sha256_file(run.path / 'model' / file)}` |" in read.text
+    source = run.manifest("dataset").counts["source"]
+    assert f"`file` (30 train, 20 validation, 10 test rows), from `rows.jsonl`, SHA-256 `{source['sha256']}`" in read.text
+    assert "Validation ROUGE-L 32.1" in read.text
+    assert "Not medical advice" in read.text
+    assert "terms of use of the teacher" in read.text
+    assert "32 of 32 prompts" in read.text
+
+
+def test_no_secret_and_no_folder_of_this_machine_stands_in_the_card(tmp_path):
+    run = trained(tmp_path, "decoder-only")
+    export(run)
+    assert "`big-model` at `http://teacher.example:8000/v1`" in card(run)
+    for secret in ("alice", "s3cret", "hush", "sk-very-secret", str(tmp_path)):
+        assert secret not in card(run), secret
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://api.example.com/v1", "https://api.example.com/v1"),
+        ("https://user:p%40ss@api.example.com/v1", "https://api.example.com/v1"),
+        ("https://key@[::1]:8000/v1?token=x#y", "https://[::1]:8000/v1"),
+    ],
+)
+def test_of_a_url_neither_credentials_nor_query_are_shown(url, shown):
+    assert public_url(url) == shown
+
+
+def test_a_student_of_the_hub_is_named_there_and_a_folder_is_not(tmp_path):
+    assert hub_name("google/flan-t5-base") == "google/flan-t5-base"
+    assert hub_name("embedded:smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert [hub_name(name) for name in (str(tmp_path), "random:tiny-t5", "../base", "a/b/c", "x: y")] == [None] * 5
+
+
+def test_an_instruction_of_any_letters_leaves_metadata_and_sections_whole(tmp_path):
+    wild = "Say \"no\": `x` ''' {y}\n---\nlicense: mit\n---\n## Scores\n\n- a #b"
+    run = trained(tmp_path, "decoder-only", task={"instruction": wild})
+    export(run)
+    read = ModelCard(card(run))
+    assert read.data.license == "other"
+    assert len(re.findall(rf"^{SCORES}$", read.text, re.MULTILINE)) == 1
+    assert "Not medical advice" not in read.text
+    assert "may be wrong" in read.text
+    assert SUMMARISE_QUESTION not in read.text
+
+
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_the_python_in_the_card_runs_and_says_what_the_server_says(kind, tmp_path, monkeypatch, capsys):
+    run = trained(tmp_path, kind)
+    export(run)
+    (code,) = re.findall(r"```python\n(.*?)```", card(run), re.DOTALL)
+    monkeypatch.chdir(run.path / "model")
+    capsys.readouterr()
+    exec(code, {})
+    (question,) = re.findall(r'\+ "(.*?)"', code)
+    task, sampling = run.recipe.task, Sampling(max_tokens=24, stop=("\n",))
+    asked = {"prompt": zero_shot(task, question)} if kind == "encoder-decoder" else {"messages": messages(task, question)}
+    ((answer,),) = LocalModel(Path("serving")).generate([GenerationRequest(**asked, sampling=sampling)])
+    assert capsys.readouterr().out == f"{answer.text.strip()}\n"
+
+
+def test_a_promotion_finds_the_section_that_it_rewrites():
+    assert SCORES == SECTION
+
+
+def test_the_data_set_is_made_where_a_run_has_none_yet(tmp_path):
+    run = trained(tmp_path, "encoder-decoder", dataset={"name": "sample"})
+    assert run.manifest("dataset") is None
+    export(run)
+    assert len(prepare(run)["validation"]) == 30
+    assert "CC0 1.0" in card(run)

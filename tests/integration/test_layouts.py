@@ -1,0 +1,94 @@
+"""The same training on any layout: one process, micro-batches, several processes, shards. Real processes by torchrun, on the CPU (gloo)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny_models
+from safetensors.torch import load_file
+from trained import checkpoint, folder, run_with, triplets
+
+from shared.cli import main
+from student_trainer.training.trainer import checkpoints
+
+STEPS = {"batch_size": 8, "epochs": 3, "learning_rate": 0.01, "checkpoint_steps": 2}
+
+
+def torchrun(arguments: list[str], processes: int) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "shared.cli", *arguments
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join(sys.path)
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (checkpoint(run) / "log.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict:
+    return load_file(checkpoint(run) / "student" / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_two_processes_of_four_and_two_micro_batches_of_four_train_as_one_batch_of_eight(kind, tmp_path):
+    """19 examples, so that every epoch ends with an uneven step; three epochs, so that the order changes."""
+    model, rows = folder(tmp_path / "model", kind), triplets(count=19)
+    given = {**STEPS, "validate_every": 1.0, "validation_rows": 5, "kl_reference": 0.1}
+    assert main(run_with(tmp_path / "one", model, rows, **given)) == 0
+    assert main(run_with(tmp_path / "micro", model, rows, **{**given, "batch_size": 4, "gradient_accumulation": 2})) == 0
+    done = subprocess.run(
+        torchrun(run_with(tmp_path / "two", model, rows, **{**given, "batch_size": 4}), 2),
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "one")) == 9
+    for other in ("micro", "two"):
+        assert losses(tmp_path / other) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+        found, expected = weights(tmp_path / other), weights(tmp_path / "one")
+        assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-3
+        assert (checkpoint(tmp_path / other) / "validation.jsonl").read_text().count("\n") == 3
+    assert json.loads((checkpoint(tmp_path / "two") / "manifest.json").read_text())["counts"]["processes"] == 2
+
+
+def test_two_processes_that_are_killed_go_on_from_their_checkpoint_in_one(tmp_path):
+    model, rows = folder(tmp_path / "model"), triplets(count=16)
+    given = {**STEPS, "epochs": 20}
+    assert main(run_with(tmp_path / "one", model, rows, **given)) == 0
+    arguments = run_with(tmp_path / "two", model, rows, **{**given, "batch_size": 4})
+    process = subprocess.Popen(torchrun(arguments, 2), env=environment(), stderr=subprocess.DEVNULL)
+    while not checkpoints(checkpoint(tmp_path / "two")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)  # in sessions of their own
+    for one in (process, *workers):
+        one.kill()
+    process.wait()
+    psutil.wait_procs(workers)
+    assert not (checkpoint(tmp_path / "two") / "manifest.json").exists()
+    assert main([*arguments, "--set", "train.batch_size=8"]) == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
+
+
+def test_shards_train_as_one_process(tmp_path):
+    """FSDP2: each of two processes keeps half of every weight."""
+    model, rows = folder(tmp_path / "model"), triplets(count=16)
+    assert main(run_with(tmp_path / "one", model, rows, **STEPS)) == 0
+    sharded = run_with(
+        tmp_path / "shards", model, rows, **{**STEPS, "batch_size": 4, "fsdp": True, "validate_every": 1.0, "validation_rows": 3}
+    )
+    done = subprocess.run(torchrun(sharded, 2), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "shards") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
