@@ -385,6 +385,17 @@ class Recipe(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _trl_can_express_it(self) -> Recipe:
+        """TRL has no KL terms and no weights of chosen responses, and computes the rejected ones at any lambda."""
+        if self.train.trainer == "trl":
+            kl = ("kl_reference", "kl_teacher_sequence", "kl_teacher_token")
+            wrong = [f"train.{name}" for name, weight in self.train.model_dump(include=set(kl)).items() if weight]
+            wrong += ["triplets.max_chosen"] * (self.triplets.max_chosen > 1) + ["train.orpo_lambda=0"] * (not self.train.orpo_lambda)
+            if wrong:
+                raise ValueError(f"train.trainer=trl cannot express {', '.join(wrong)}; give train.trainer=packed, or leave that out")
+        return self
+
 
 PROCEDURE = (
     "teacher.timeout_s",

@@ -52,7 +52,7 @@ def model_card(run: Run, folder: Path, *, origin: Mapping[str, str], parity: str
         f"---\n{yaml.safe_dump(front_matter(run, serving, origin), sort_keys=False, allow_unicode=True)}---",
         f"# {run.recipe.name}",
         MEDICAL if asks_for_a_summary(run) else CAUTION,
-        _what_it_is(run, serving),
+        "## What it is\n\n" + _what_it_is(run, serving),
         "## How it was made\n\n" + _items(_steps(run)),
         "## Data and licences\n\n" + _items(_licences(run, origin)),
         f"{SCORES}\n\n{_validation(run)}\n\n{NOT_TESTED}",
@@ -151,6 +151,10 @@ def _steps(run: Run) -> Iterator[str]:
     yield f"Length: {f'{settings.max_steps} steps' if settings.max_steps else f'{settings.epochs:g} epochs'} a round, seed {recipe.seed}"
     what = f"LoRA of rank {settings.lora_rank}, merged into hf/" if settings.lora_rank else "the weights themselves"
     yield f"Trained: {what}; {settings.frozen_layers} lowest layers frozen; learning rate {settings.learning_rate:g}"
+    best = _best_validation(run)
+    yield (
+        f"Checkpoint: step {best['step']}, by validation ROUGE-L {100 * best['rouge_l']:.1f}" if best else "Checkpoint: after the last step"
+    )
 
 
 def _licences(run: Run, origin: Mapping[str, str]) -> Iterator[str]:
@@ -169,14 +173,18 @@ def _licences(run: Run, origin: Mapping[str, str]) -> Iterator[str]:
 
 def _validation(run: Run) -> str:
     """A sentence on the checkpoint that was chosen, if one was by validation."""
-    trained = run.manifest(f"checkpoints/r{run.recipe.train.rounds - 1}")
-    best = trained.counts.get("best_validation") if trained else None
+    best = _best_validation(run)
     if not best:
         return "No checkpoint was chosen by validation: this is the student after the last step."
     return (
         f"Validation ROUGE-L {100 * best['rouge_l']:.1f} (F1, points of 100, mean over at most {run.recipe.train.validation_rows} rows) at "
         f"step {best['step']}: the best of its round, and therefore the checkpoint that was taken. A score that chose is too hopeful."
     )
+
+
+def _best_validation(run: Run) -> dict[str, Any] | None:
+    trained = run.manifest(f"checkpoints/r{run.recipe.train.rounds - 1}")
+    return trained.counts.get("best_validation") if trained else None
 
 
 def _usage(run: Run, serving: ServingConfig) -> str:

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from shared.artifacts import new_directory, write_atomic
 from shared.contracts import ServingConfig
+from shared.engines.t5 import RELATIVE_POSITION_MODELS, scales_logits
 from shared.errors import EngineError
 
 logging.disable_progress_bar()  # four bars for one copied file are noise
@@ -23,14 +24,14 @@ class _Converter(ctranslate2.converters.TransformersConverter):  # type: ignore[
     """CTranslate2's own, told the truth about T5.
 
     It takes `tie_word_embeddings` to mean that a T5's logits are scaled by d_model ** -0.5. transformers 5 sets that flag for
-    every T5 and keeps the truth in `scale_decoder_outputs`; flan-T5's logits would come out divided by 27.7, and its samples
+    every T5 (see t5.py); flan-T5's logits would come out divided by 27.7, and its samples
     as noise, though not its greedy answers.
     """
 
     def load_model(self, model_class: Any, model_name_or_path: str, **kwargs: Any) -> Any:
         model = super().load_model(model_class, model_name_or_path, **kwargs)
-        if hasattr(model.config, "scale_decoder_outputs"):
-            model.config.tie_word_embeddings = model.config.scale_decoder_outputs
+        if model.config.model_type in RELATIVE_POSITION_MODELS:
+            model.config.tie_word_embeddings = scales_logits(model)
         return model
 
 

@@ -12,8 +12,6 @@ from typing import TypeVar
 
 from shared.artifacts import Run, Stage
 from shared.commands import uninterrupted
-from shared.errors import TrainingError
-from shared.settings import Recipe
 from student_trainer.sampling import sample
 from student_trainer.triplets.build import build
 
@@ -24,7 +22,6 @@ T = TypeVar("T")
 
 def train_rounds(run: Run, *, before_training: Callable[[], None]) -> None:
     """Run what is missing of all rounds. `before_training` is called before a round is trained and may refuse. Raises DistillError."""
-    refuse_what_trl_cannot(run.recipe)
     if several():
         _connect()
     for number in range(run.recipe.train.rounds):
@@ -36,22 +33,6 @@ def train_rounds(run: Run, *, before_training: Callable[[], None]) -> None:
             train(run, number)
         elif is_first():
             print(f"{stage_name(number)}: complete, nothing to do")
-
-
-def refuse_what_trl_cannot(recipe: Recipe) -> None:
-    """Raises TrainingError naming the settings of a loss that `train.trainer=trl` does not compute."""
-    settings = recipe.train
-    if settings.trainer != "trl":
-        return
-    kl = ("kl_reference", "kl_teacher_sequence", "kl_teacher_token")
-    refused = [f"train.{name}={weight} (TRL has no KL terms)" for name in kl if (weight := settings.model_dump()[name])]
-    if recipe.triplets.max_chosen > 1:
-        refused.append(f"triplets.max_chosen={recipe.triplets.max_chosen} (TRL knows no weights of chosen responses)")
-    if not settings.orpo_lambda:
-        # at 0 it computes the rejected rows and their odds ratio all the same, and reports an accuracy of 0
-        refused.append("train.orpo_lambda=0 (TRL computes the rejected responses at any weight)")
-    if refused:
-        raise TrainingError(f"train.trainer=trl cannot express {', '.join(refused)}; use train.trainer=packed or change that")
 
 
 def stage_name(number: int) -> str:

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ from student_trainer.training.trainer import (
     load_weights,
     remove_checkpoint,
 )
-from student_trainer.training.validation import BEST, Answerer, ValidationRow, Validator
+from student_trainer.training.validation import BEST, Answerer, ValidationRow, Validator, keep_weights
+from student_trainer.triplets.build import TEACHER
+from student_trainer.triplets.build import stage_name as triplets_stage
 from student_trainer.triplets.ranking import rouge_l
 
 
@@ -53,31 +55,28 @@ def train(run: Run, number: int) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     recipe, settings, folder = run.recipe, run.recipe.train, run.path / stage_name(number)
-    file = run.path / "triplets" / f"r{number}" / "triplets.jsonl"
-    said = samples_by_example(read_jsonl(run.path / "responses/teacher/responses.jsonl", Response)) if settings.learns_samples else None
+    file = run.path / triplets_stage(number) / "triplets.jsonl"
+    said = samples_by_example(read_jsonl(run.path / TEACHER / "responses.jsonl", Response)) if settings.learns_samples else None
     examples = group(read_jsonl(file, Triplet), said)
+    seed = recipe.seed + number
+    set_seed(seed)
+    args = arguments(settings, folder, seed=seed)
     with ExitStack() as files:
-        stage = checkpoint_stage(run, number) if is_first() else None
-        log = validations = None
-        if stage:
-            with Ledger(folder / "log.jsonl", LogRow):  # its lock: no other trainer is at work here
-                forget_other_inputs(folder, sha256_file(file))
-            log = files.enter_context(Ledger(folder / "log.jsonl", LogRow, sync_every_s=0.0))
-            validations = files.enter_context(Ledger(folder / "validation.jsonl", ValidationRow, sync_every_s=0.0))
-        first_does(lambda: None)  # the others read no checkpoint that is about to go
-        seed = recipe.seed + number
-        set_seed(seed)
-        args = arguments(settings, folder, seed=seed)
-        bf16 = uses_bf16(settings, args.device)
+        stage = ledgers = None
         if is_first():
+            stage = checkpoint_stage(run, number)
+            step = settings.batch_size * settings.gradient_accumulation * args.world_size
+            ledgers = Ledgers.open(files, folder, {"triplets_sha256": sha256_file(file), "prompts_a_step": step})
             print(f"train: loading {recipe.student.model}", flush=True)
+        first_does(lambda: None)  # the others read no checkpoint that is about to go
+        bf16 = uses_bf16(settings, args.device)
         student, tokenizer, reference = students(run, number, bf16=bf16, device=args.device)
         packer = Packer(
             tokenizer, student.kind, max_prompt_tokens=settings.max_prompt_tokens, max_response_tokens=settings.max_response_tokens
         )
         rows, census = packer.pack(examples)
         collator = collator_for(student, tokenizer, settings)
-        recorder = Recorder(log) if log else None
+        recorder = Recorder(ledgers.log) if ledgers else None
         on_row = recorder.record if recorder else lambda row: None
         trainer: Resumable
         if settings.trainer == "trl":
@@ -91,35 +90,64 @@ def train(run: Run, number: int) -> None:
             trainer.add_callback(recorder)
             if TENSORBOARD in settings.report_to:
                 trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / TENSORBOARD))))
-        validator = validator_for(run, student, packer, collator, folder, validations, trainer.report)
+        validator = validator_for(run, student, packer, collator, folder, ledgers.validations if ledgers else None, trainer.report)
         if validator:
             trainer.add_callback(validator)
         trainer.add_callback(Checkpointing(folder, every_s=60 * settings.checkpoint_minutes, keep=settings.keep_checkpoints))
         trainer.go_on()
-        best = best_of(folder, student) if validator else None
-        if stage and log:
-            last = log.rows()
-            counts = {
-                **asdict(census),
-                "padding_ratio": round(sum(row.padding_ratio for row in last) / len(last), 3),
-                "parameters": sum(p.numel() for p in student.parameters()),
-                "trained_parameters": sum(p.numel() for p in student.trained().values()),
-                "device": str(args.device),
-                "processes": args.world_size,
-                "last_step": last[-1].model_dump(),
-                "best_validation": best.model_dump() if best else None,
-            }
-            save(student, tokenizer, folder)
-            outputs = [folder / "student", folder / "log.jsonl", folder / "validation.jsonl"]
-            if student.adapted is not None:
-                outputs.append(folder / ADAPTER)
+        if not validator:
+            keep_weights(student, folder)
+        if stage and ledgers:
+            counts = {**asdict(census), **ledgers.counts(), **sizes(student), "device": str(args.device), "processes": args.world_size}
+            if settings.fsdp:  # this process holds only parts of its weights
+                student, tokenizer, _ = students(run, number, bf16=bf16, device=torch.device("cpu"))
+            load_weights(student, folder / BEST / WEIGHTS)
+            outputs = save(student, tokenizer, folder)
             stage.finish(
-                outputs,
+                [*outputs, *ledgers.paths],
                 settings={**settings.model_dump(mode="json"), "student": recipe.student.model, "seed": seed, "bf16": bf16},
                 counts=counts,
             )
             clear(folder)
         first_does(lambda: None)  # no process leaves while another one may need it
+
+
+@dataclass(frozen=True)
+class Ledgers:
+    """What the first process writes down of a round: a line a step, a line a validation."""
+
+    log: Ledger[LogRow]
+    validations: Ledger[ValidationRow]
+
+    @classmethod
+    def open(cls, files: ExitStack, folder: Path, inputs: dict[str, Any]) -> Ledgers:
+        """Both ledgers, closed with `files`; what was trained on other `inputs` is removed first. Raises StorageError."""
+        with Ledger(folder / "log.jsonl", LogRow):  # its lock: no other trainer is at work here
+            forget_other_inputs(folder, inputs)
+        log = files.enter_context(Ledger(folder / "log.jsonl", LogRow, sync_every_s=0.0))
+        return cls(log, files.enter_context(Ledger(folder / "validation.jsonl", ValidationRow, sync_every_s=0.0)))
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.log.path, self.validations.path]
+
+    def counts(self) -> dict[str, Any]:
+        """What a manifest says of them."""
+        steps, validations = self.log.rows(), self.validations.rows()
+        best = max(validations, key=lambda row: (row.rouge_l, -row.step), default=None)
+        return {
+            "padding_ratio": round(sum(row.padding_ratio for row in steps) / len(steps), 3),
+            "last_step": steps[-1].model_dump(),
+            "best_validation": best.model_dump() if best else None,
+        }
+
+
+def sizes(student: Student) -> dict[str, int]:
+    """Parameters, all and those that are trained."""
+    return {
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "trained_parameters": sum(p.numel() for p in student.trained().values()),
+    }
 
 
 def students(run: Run, number: int, *, bf16: bool, device: torch.device) -> tuple[Student, Any, Student | None]:
@@ -184,12 +212,6 @@ def validator_for(
     )
 
 
-def best_of(folder: Path, student: Student) -> ValidationRow | None:
-    """Put the best validated weights into the student; returns their validation, in the process that has the ledger."""
-    load_weights(student, folder / BEST / WEIGHTS)
-    return max(read_jsonl(folder / "validation.jsonl", ValidationRow), key=lambda row: (row.rouge_l, -row.step))
-
-
 class Checkpointing(TrainerCallback):  # type: ignore[misc]
     """Asks for a checkpoint when the last one is too long ago, and removes those that are too many."""
 
@@ -217,14 +239,14 @@ def refuse_without_gpu() -> None:
         )
 
 
-def forget_other_inputs(folder: Path, digest: str) -> None:
-    """Remove what was trained on triplets of another SHA-256, and what a killed process left half done."""
+def forget_other_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """Remove what was trained on other triplets or with other steps, and what a killed process left half done."""
     note = folder / "inputs.json"
-    if not note.exists() or read_json(note) != {"triplets_sha256": digest}:
+    if not note.exists() or read_json(note) != inputs:
         clear(folder)
         for ledger in ("log.jsonl", "validation.jsonl"):
             (folder / ledger).unlink(missing_ok=True)
-        write_json(note, {"triplets_sha256": digest})
+        write_json(note, inputs)
     sweep(folder)
 
 
@@ -259,14 +281,17 @@ def collator_for(student: Student, tokenizer: Any, settings: TrainSettings) -> C
     )
 
 
-def save(student: Student, tokenizer: Any, folder: Path) -> None:
+def save(student: Student, tokenizer: Any, folder: Path) -> list[Path]:
     """The trained model as a Hugging Face folder in float32: bfloat16 would round away what small learning rates changed.
 
-    With LoRA also the adapter alone, in peft's format.
+    With LoRA also the adapter alone, in peft's format. Returns the folders.
     """
+    made = [folder / "student"]
     if student.adapted is not None:
+        made.append(folder / ADAPTER)
         with new_directory(folder / ADAPTER) as temporary:
             student.adapted.save_pretrained(temporary)
     with new_directory(folder / "student") as temporary:
         student.merged().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+    return made

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from shared.engines.t5 import RELATIVE_POSITION_MODELS, scales_logits, tied
 from shared.errors import TrainingError
 from shared.settings import TrainSettings
 from student_trainer.training.collate import Collator, visible
 from student_trainer.training.losses import token_logps
 from student_trainer.training.packing import Kind, Packed
 
-RELATIVE_POSITION_MODELS = ("t5", "mt5", "umt5")
-"""Encoder-decoders whose decoder knows only distances between tokens, so that responses can stand beside each other."""
 ADAPTER = "adapter"
 """The folder of a round's LoRA in peft's format."""
 LARGEST_ERROR = 1e-2
@@ -84,7 +83,7 @@ class Student(nn.Module):
             encoder_attention_mask=batch["attention_mask"],
             use_cache=False,
         ).last_hidden_state
-        return hidden * self.model.model_dim**-0.5 if self.model.config.scale_decoder_outputs else hidden
+        return hidden * self.model.model_dim**-0.5 if scales_logits(self.model) else hidden
 
     def merged(self) -> Any:
         """The Hugging Face model with any LoRA folded in. The student cannot be trained on after this."""
@@ -130,7 +129,7 @@ def tell_truth_about_tying(model: Any) -> None:
 
     transformers 5 says True for every T5. flan-T5 has a head of its own, which tie_weights() would then silently replace.
     """
-    model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = tied(model)
 
 
 def turn_dropout_off(model: nn.Module) -> None:

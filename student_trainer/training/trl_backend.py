@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def trl_trainer(
     bf16: bool,
     on_row: Callable[[LogRow], None],
 ) -> TrlTrainer:
-    """A trainer of what TRL can express of these settings (see `rounds.refuse_what_trl_cannot`).
+    """A trainer of what TRL can express of these settings (`Recipe` refuses the others).
 
     args: of the packed trainer, whose output folder, seed and device these are; on_row: as in `Resumable`.
     """
@@ -58,7 +57,7 @@ def trl_trainer(
         "max_length": settings.max_prompt_tokens + settings.max_response_tokens,
         "max_completion_length": settings.max_response_tokens,
     }
-    orpo = arguments(settings, Path(args.output_dir), seed=args.seed, make=partial(ORPOConfig, **options))
+    orpo = arguments(settings, Path(args.output_dir), seed=args.seed, make=lambda **given: ORPOConfig(**{**given, **options}))
     return TrlTrainer(student, tokenizer, single_pairs(rows), orpo, on_row=on_row)
 
 
@@ -119,7 +118,7 @@ class TrlTrainer(Resumable, ORPOTrainer):  # type: ignore[misc]
       - `batch_size` counts pairs, and a chosen response counts in the NLL once for each rejected one;
       - NLL and L_OR are means over a micro-batch, averaged over micro-batches and processes: other sizes give another student,
         and of several processes the last batch of an epoch is filled up with rows from its beginning;
-      - log(1 - p) is not clamped: at a mean log-probability within 1e-7 of 0 the gradient is NaN, which ends the training;
+      - log(1 - p) is not clamped: at a mean log-probability within 3e-8 of 0 the gradient is NaN, which ends the training;
       - throughput and padding in the log rows are of TRL's rows, which hold each prompt twice a pair.
     Source: trl/experimental/orpo/orpo_trainer.py of 1.16; that module may change in any release.
     """

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from shared.artifacts import Ledger, new_directory
 from shared.contracts import Contract
+from student_trainer.training.rounds import is_first
 from student_trainer.training.student import Student
 from student_trainer.training.trainer import WEIGHTS, whole_weights
 
@@ -119,12 +120,10 @@ class Validator(TrainerCallback):  # type: ignore[misc]
         best = step if better else max(earlier, key=lambda r: (r.rouge_l, -r.step)).step
         since = sum(r.step > best for r in earlier) + (not better)
         better, stop = broadcast_object_list([better, self._patience is not None and since >= self._patience])
-        weights = whole_weights(student) if better else {}
+        if better:
+            keep_weights(student, self._folder)
         self._report({"validation_rouge_l": row.rouge_l})
         if self._ledger is not None:
-            if better:
-                with new_directory(self._folder / BEST) as folder:
-                    save_file(weights, folder / WEIGHTS)
             note = ", the best so far" if better else ""
             print(f"train: step {step}: validation ROUGE-L {100 * row.rouge_l:.1f} on {len(self._prompts)} rows{note}", flush=True)
             if all(r.step != step for r in self._rows):  # after a kill the same step says the same again
@@ -132,3 +131,11 @@ class Validator(TrainerCallback):  # type: ignore[misc]
                 self._rows.append(row)
         if stop:
             control.should_training_stop = True
+
+
+def keep_weights(student: Student, folder: Path) -> None:
+    """Keep the trained weights as they are in folder/BEST, whole or not at all. All processes take part, the first one writes."""
+    weights = whole_weights(student)
+    if is_first():
+        with new_directory(folder / BEST) as best:
+            save_file(weights, best / WEIGHTS)

@@ -20,7 +20,7 @@ from shared.artifacts import Run, sha256_file
 from shared.contracts import GenerationRequest, Sampling
 from shared.datasets.stage import prepare
 from shared.engines.local import LocalModel
-from shared.errors import EngineError
+from shared.errors import EngineError, StageOrder
 from shared.prompts import SUMMARISE_QUESTION, messages, zero_shot
 from shared.settings import Recipe
 from student_trainer.card import SCORES, hub_name, public_url
@@ -61,6 +61,13 @@ def trained(folder: Path, kind: str, **changes) -> Run:
     model(kind, 1, stage.path / "student")
     stage.finish([stage.path / "student"], settings={}, counts={"best_validation": BEST})
     return run
+
+
+def harvested(run: Run) -> None:
+    """What the stages before the training have recorded."""
+    run.stage("responses/teacher").finish([], settings={}, counts={"prompts": 30, "answers": 119})
+    for number, triplets in enumerate((57, 61)):
+        run.stage(f"triplets/r{number}").finish([], settings={}, counts={"triplets": triplets})
 
 
 def parity(run: Run) -> dict:
@@ -163,7 +170,8 @@ def test_the_hub_reads_the_card_and_it_tells_what_a_user_must_know(kind, task, t
         assert f"| `{file}` | `{sha256_file(run.path / 'model' / file)}` |" in read.text
     source = run.manifest("dataset").counts["source"]
     assert f"`file` (30 train, 20 validation, 10 test rows), from `rows.jsonl`, SHA-256 `{source['sha256']}`" in read.text
-    assert "Validation ROUGE-L 32.1" in read.text
+    assert "Checkpoint: step 7, by validation ROUGE-L 32.1." in read.text
+    assert "Validation ROUGE-L 32.1 (F1" in read.text
     assert "Not medical advice" in read.text
     assert "terms of use of the teacher" in read.text
     assert "32 of 32 prompts" in read.text
@@ -220,6 +228,29 @@ def test_the_python_in_the_card_runs_and_says_what_the_server_says(kind, tmp_pat
     asked = {"prompt": zero_shot(task, question)} if kind == "encoder-decoder" else {"messages": messages(task, question)}
     ((answer,),) = LocalModel(Path("serving")).generate([GenerationRequest(**asked, sampling=sampling)])
     assert capsys.readouterr().out == f"{answer.text.strip()}\n"
+
+
+def test_the_card_says_how_the_student_was_made(tmp_path):
+    run = trained(tmp_path, "decoder-only", train={"orpo_lambda": 0.5, "kl_reference": 0.02, "epochs": 2, "validate_every": 0}, seed=5)
+    harvested(run)
+    export(run)
+    for part in ("119 to 30 prompts", "a round: 57;", "lambda 0.5, kl_reference 0.02;", "2 epochs a round, seed 5", "Rounds: 1.\n"):
+        assert part in card(run), part
+    assert "kl_teacher" not in card(run)
+
+
+def test_after_several_rounds_the_last_student_is_exported_and_the_triplets_of_each_are_told(tmp_path):
+    run = trained(tmp_path, "decoder-only", train={"rounds": 2})
+    harvested(run)
+    with pytest.raises(StageOrder, match="checkpoints/r1"):
+        export(run)
+    stage = run.stage("checkpoints/r1")
+    model("decoder-only", 2, stage.path / "student")
+    stage.finish([stage.path / "student"], settings={}, counts={"best_validation": None})
+    export(run)
+    assert sha256_file(run.path / "model/hf/model.safetensors") == sha256_file(stage.path / "student/model.safetensors")
+    assert "a round: 57, 61;" in card(run)
+    assert "No checkpoint was chosen by validation" in card(run)
 
 
 def test_a_promotion_finds_the_section_that_it_rewrites():

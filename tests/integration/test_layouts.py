@@ -63,13 +63,9 @@ def test_two_processes_of_four_and_two_micro_batches_of_four_train_as_one_batch_
     assert json.loads((checkpoint(tmp_path / "two") / "manifest.json").read_text())["counts"]["processes"] == 2
 
 
-def test_two_processes_that_are_killed_go_on_from_their_checkpoint_in_one(tmp_path):
-    model, rows = folder(tmp_path / "model"), triplets(count=16)
-    given = {**STEPS, "epochs": 20}
-    assert main(run_with(tmp_path / "one", model, rows, **given)) == 0
-    arguments = run_with(tmp_path / "two", model, rows, **{**given, "batch_size": 4})
+def kill_at_its_first_checkpoint(arguments: list[str], run: Path) -> None:
     process = subprocess.Popen(torchrun(arguments, 2), env=environment(), stderr=subprocess.DEVNULL)
-    while not checkpoints(checkpoint(tmp_path / "two")):
+    while not checkpoints(checkpoint(run)):
         assert process.poll() is None
         time.sleep(0.01)
     workers = psutil.Process(process.pid).children(recursive=True)  # in sessions of their own
@@ -77,18 +73,39 @@ def test_two_processes_that_are_killed_go_on_from_their_checkpoint_in_one(tmp_pa
         one.kill()
     process.wait()
     psutil.wait_procs(workers)
-    assert not (checkpoint(tmp_path / "two") / "manifest.json").exists()
+    assert not (checkpoint(run) / "manifest.json").exists()
+
+
+def test_two_processes_that_are_killed_go_on_from_their_checkpoint_in_one(tmp_path):
+    model, rows = folder(tmp_path / "model"), triplets(count=16)
+    given = {**STEPS, "epochs": 20}
+    assert main(run_with(tmp_path / "one", model, rows, **given)) == 0
+    arguments = run_with(tmp_path / "two", model, rows, **{**given, "batch_size": 4})
+    kill_at_its_first_checkpoint(arguments, tmp_path / "two")
     assert main([*arguments, "--set", "train.batch_size=8"]) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
 
 
-def test_shards_train_as_one_process(tmp_path):
+def test_shards_train_as_one_process_and_go_on_where_they_were_killed(tmp_path):
     """FSDP2: each of two processes keeps half of every weight."""
     model, rows = folder(tmp_path / "model"), triplets(count=16)
-    assert main(run_with(tmp_path / "one", model, rows, **STEPS)) == 0
-    sharded = run_with(
-        tmp_path / "shards", model, rows, **{**STEPS, "batch_size": 4, "fsdp": True, "validate_every": 1.0, "validation_rows": 3}
-    )
+    given = {**STEPS, "epochs": 10, "validate_every": 5.0, "validation_rows": 3}
+    assert main(run_with(tmp_path / "one", model, rows, **given)) == 0
+    sharded = run_with(tmp_path / "shards", model, rows, **{**given, "batch_size": 4, "fsdp": True})
+    kill_at_its_first_checkpoint(sharded, tmp_path / "shards")
     done = subprocess.run(torchrun(sharded, 2), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "shards") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    found, expected = weights(tmp_path / "shards"), weights(tmp_path / "one")
+    assert {name: weight.shape for name, weight in found.items()} == {name: weight.shape for name, weight in expected.items()}
+    assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-3
+
+
+def test_another_number_of_prompts_a_step_begins_the_round_anew(tmp_path):
+    model, rows = folder(tmp_path / "model"), triplets(count=16)
+    given = {**STEPS, "epochs": 20}
+    arguments = run_with(tmp_path / "run", model, rows, **given)
+    kill_at_its_first_checkpoint(arguments, tmp_path / "run")  # 8 prompts on each of two processes
+    assert main(arguments) == 0
+    assert main(run_with(tmp_path / "one", model, rows, **given)) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "one")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import transformers
 from tiny_models import KINDS, collator, examples, gradients, loss_of, packed, student
 
 from shared.contracts import Response, Triplet
@@ -13,7 +14,7 @@ from shared.errors import TrainingError
 from student_trainer.training.collate import blank, cells, denominators, visible
 from student_trainer.training.losses import Counts, Weights, terms
 from student_trainer.training.packing import Packer, group, samples_by_example
-from student_trainer.training.student import Student, refuse_unless_packable, tell_truth_about_tying
+from student_trainer.training.student import Student, refuse_unless_packable, tell_truth_about_tying, turn_dropout_off
 
 
 def triplet(example_id="a", prompt="w1 w2", chosen="w3 w4", rejected="w5", **other):
@@ -138,6 +139,59 @@ def test_an_architecture_that_ignores_the_mask_is_refused():
     refuse_unless_packable(student("decoder-only"), collator("decoder-only"), rows[0])
     with pytest.raises(TrainingError, match=r"student\.model: a llama model scores packed rows differently"):
         refuse_unless_packable(Leaky(student("decoder-only").model, "decoder-only"), collator("decoder-only"), rows[0])
+
+
+GROUPED = {"num_key_value_heads": 2}
+DECODERS = {
+    "Qwen2": GROUPED,
+    "Qwen3": {**GROUPED, "head_dim": 8},
+    "Mistral": {**GROUPED, "sliding_window": None},
+    "Gemma": {**GROUPED, "head_dim": 8},
+    "Phi3": GROUPED,
+    "Olmo2": GROUPED,
+    "SmolLM3": GROUPED,
+    "GPTNeoX": {},
+}
+
+
+def decoder(name, **changes):
+    """A tiny model of that architecture."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
+    tokens = {"vocab_size": tiny_models.VOCABULARY, "pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 1}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes, **tokens, max_position_embeddings=256, **changes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double()
+    turn_dropout_off(model)
+    return Student(model, "decoder-only")
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoder_only_models_that_take_masks_and_positions_are_packed_exactly(name):
+    model, rows = decoder(name, **DECODERS[name]), examples(3, 2)
+    refuse_unless_packable(model, collator("decoder-only"), rows[0])
+    assert loss_of(model, collator("decoder-only")(rows)).item() == pytest.approx(numpy_loss(model, rows), abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "changes"), [("Mistral", {**GROUPED, "sliding_window": 8}), ("Granite", {"logits_scaling": 2.0})])
+def test_models_that_window_their_attention_or_scale_their_logits_are_refused_with_the_reason(name, changes):
+    longest = max(examples(5, 2), key=lambda row: row.length)
+    with pytest.raises(TrainingError, match=rf"a {name.lower()} model scores packed rows differently from single ones \(by \d"):
+        refuse_unless_packable(decoder(name, **changes), collator("decoder-only"), longest)
+
+
+@pytest.mark.parametrize("name", ["T5", "MT5", "UMT5"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_t5_and_its_relatives_are_packed_exactly_whether_or_not_their_head_is_tied(name, tied):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": tiny_models.VOCABULARY}
+    tokens = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": tied}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(getattr(transformers, f"{name}Config")(**sizes, **tokens)).double()
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.3)
+    turn_dropout_off(model)
+    tell_truth_about_tying(model)
+    made, rows = Student(model, "encoder-decoder"), examples(3, 2)
+    assert loss_of(made, collator("encoder-decoder")(rows)).item() == pytest.approx(numpy_loss(made, rows), abs=1e-5)
 
 
 def test_tie_weights_leaves_a_t5_head_of_its_own_alone(tmp_path):

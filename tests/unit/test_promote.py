@@ -6,6 +6,7 @@ import json
 
 import pytest
 from evaluated import export, exported_run
+from huggingface_hub import ModelCard
 
 import evaluator.run
 from evaluator import rollback
@@ -13,7 +14,7 @@ from evaluator.promote import in_numbers, main, promote, refusal
 from evaluator.significance import Comparison
 from evaluator.systems import SYSTEMS
 from shared import registry as store
-from shared.artifacts import write_jsonl
+from shared.artifacts import sha256_file, write_jsonl
 from shared.cli import main as cli
 from shared.contracts import Prediction
 from shared.datasets.stage import prepare
@@ -80,6 +81,25 @@ def test_a_better_student_is_promoted_with_its_card_its_report_and_its_task(tmp_
     assert promoted.run == str(run.path.resolve())
     version = tmp_path / "registry" / "versions" / promoted.version
     assert {"README.md", "report.html", "serving"} <= {p.name for p in version.iterdir()}
+
+
+def test_the_registry_keeps_the_card_with_scores_and_the_run_the_one_that_was_exported(tmp_path):
+    run = evaluated_run(tmp_path / "run")
+    version = promote(run, tmp_path / "registry")
+    kept = ModelCard((tmp_path / "registry" / "versions" / version.version / "README.md").read_text())
+    scores = {result.metric_type: result.metric_value for result in kept.data.eval_results}
+    assert scores == pytest.approx(version.scores, abs=1e-6)
+    assert kept.data.eval_results[0].dataset_args == {"rows": 40}
+    assert "points over student-zero-shot on 40 test rows" in kept.text
+    recorded = {output.path: output.sha256 for output in run.manifest("model").outputs}
+    assert sha256_file(run.path / "model" / "README.md") == recorded["model/README.md"]
+
+
+def test_a_student_whose_card_has_gone_is_promoted_with_its_scores_alone(tmp_path):
+    run = evaluated_run(tmp_path / "run")
+    (run.path / "model" / "README.md").unlink()
+    version = promote(run, tmp_path / "registry")
+    assert "| **distilled** |" in (tmp_path / "registry" / "versions" / version.version / "README.md").read_text()
 
 
 def test_a_student_that_is_no_better_is_refused_with_exit_3_and_what_is_served_stays(tmp_path):

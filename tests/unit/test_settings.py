@@ -56,6 +56,21 @@ def test_every_shipped_recipe_is_readable(file: Path) -> None:
     assert load_settings(Recipe, flags={}, yaml_file=file).name
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"train__kl_reference": 0.1}, "train.kl_reference"),
+        ({"train__kl_teacher_sequence": 0.5, "train__kl_teacher_token": 0.2}, "train.kl_teacher_sequence, train.kl_teacher_token"),
+        ({"triplets__max_chosen": 2}, "triplets.max_chosen"),
+        ({"train__orpo_lambda": 0}, "train.orpo_lambda=0"),
+    ],
+)
+def test_what_trl_has_no_loss_for_is_refused_by_name(tmp_path: Path, flags: dict[str, Any], named: str) -> None:
+    assert load(tmp_path, **flags).train.trainer == "packed"
+    with pytest.raises(SettingsError, match=rf"train\.trainer=trl cannot express {named}; give train\.trainer=packed"):
+        load(tmp_path, train__trainer="trl", **flags)
+
+
 def test_there_are_shipped_recipes() -> None:
     assert RECIPES
 

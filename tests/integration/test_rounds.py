@@ -1,0 +1,155 @@
+"""Rounds of mixed policy: the student as it is now is rejected, everything is an artefact, and no kill changes the outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file
+from trained import answered_run, checkpoint, folder
+
+from shared.artifacts import read_jsonl
+from shared.cli import main
+from shared.contracts import Triplet
+from student_trainer.training.trainer import checkpoints
+
+
+def weights(run: Path, number: int) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint(run, number) / "student" / "model.safetensors")
+
+
+def manifest(run: Path, stage: str) -> dict:
+    return json.loads((run / stage / "manifest.json").read_text())
+
+
+def killed_when(reached: Callable[[], bool], arguments: list[str]) -> None:
+    """Begin a training, and kill it when that is reached."""
+    threads = str(torch.get_num_threads())  # with another number sums are added in another order
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-m", "shared.cli", *arguments], env=environment)
+    while not reached():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_in_every_stage_of_its_rounds_it_ends_with_the_same_students(tmp_path):
+    model = folder(tmp_path / "model")
+    rounds = {"rounds": 2, "validate_every": 1.0, "epochs": 20}
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert main(answered_run(whole, model, train=rounds)) == 0
+
+    arguments = answered_run(again, model, train=rounds)
+    killed_when(lambda: bool(checkpoints(checkpoint(again, 0))), arguments)
+    killed_when(lambda: (again / "responses" / "student-r1").is_dir(), arguments)
+    killed_when(lambda: bool(checkpoints(checkpoint(again, 1))), arguments)
+    assert main(arguments) == 0
+
+    for number in (0, 1):
+        assert all(weight.equal(weights(again, number)[name]) for name, weight in weights(whole, number).items())
+        for file in ("validation.jsonl",):
+            assert (checkpoint(again, number) / file).read_text() == (checkpoint(whole, number) / file).read_text()
+        steps = [json.loads(line)["step"] for line in (checkpoint(again, number) / "log.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, len(steps) + 1))
+    assert (again / "triplets" / "r1" / "triplets.jsonl").read_bytes() == (whole / "triplets" / "r1" / "triplets.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_a_second_round_rejects_the_current_students_answers_and_goes_on_from_the_first(kind, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = answered_run(run, folder(tmp_path / "model", kind), train={"rounds": 2}, triplets={"on_policy": 1.0, "margin": 0.01})
+    assert main(arguments) == 0
+    triplets = read_jsonl(run / "triplets" / "r1" / "triplets.jsonl", Triplet)
+    assert {t.rejected_source for t in triplets} >= {"current-student"}
+    assert {t.chosen_source for t in triplets} == {"teacher"}
+    read = {ref["path"] for ref in manifest(run, "checkpoints/r1")["inputs"]}
+    assert "checkpoints/r0/student/model.safetensors" in read
+    assert "triplets/r1/triplets.jsonl" in read
+    assert any(ref["path"].startswith("responses/student-r1/serving/") for ref in manifest(run, "responses/student-r1")["outputs"])
+    losses = [json.loads(line)["nll"] for number in (0, 1) for line in (checkpoint(run, number) / "log.jsonl").read_text().splitlines()]
+    assert losses[len(losses) // 2] < losses[0]  # it begins where the first round ended
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "checkpoints/r0: complete, nothing to do",
+        "responses/student-r1: complete, nothing to do",
+        "triplets/r1: complete, nothing to do",
+        "checkpoints/r1: complete, nothing to do",
+    ]
+
+
+def test_with_lora_a_second_round_goes_on_with_the_first_ones_adapter_over_the_initial_student(tmp_path):
+    run, model = tmp_path / "run", folder(tmp_path / "model")
+    given = {"rounds": 2, "lora_rank": 2, "kl_reference": 0.1, "learning_rate": 0.01}
+    assert main(answered_run(run, model, train=given)) == 0
+    first = json.loads((checkpoint(run, 1) / "log.jsonl").read_text().splitlines()[0])
+    assert first["kl_reference"] > 0.001  # against the initial student, not against the one the round began with
+    config = json.loads((checkpoint(run, 1) / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 2
+    initial, trained = load_file(model / "model.safetensors"), weights(run, 1)
+    assert not trained["model.layers.0.mlp.up_proj.weight"].equal(initial["model.layers.0.mlp.up_proj.weight"])
+    assert trained["model.embed_tokens.weight"].equal(initial["model.embed_tokens.weight"])
+
+
+def test_the_best_validated_student_is_taken_and_training_ends_when_it_gets_no_better(tmp_path, capsys):
+    run = tmp_path / "run"
+    given = {
+        "epochs": 50,
+        "validate_every": 1.0,
+        "patience": 2,
+        "learning_rate": 0.02,
+        "checkpoint_steps": None,
+        "report_to": ["tensorboard"],
+    }
+    assert main(answered_run(run, folder(tmp_path / "model"), train=given)) == 0
+    rows = [json.loads(line) for line in (checkpoint(run) / "validation.jsonl").read_text().splitlines()]
+    best = max(rows, key=lambda row: (row["rouge_l"], -row["step"]))
+    assert manifest(run, "checkpoints/r0")["counts"]["best_validation"] == best
+    assert rows[-1]["step"] < 50 * 4
+    assert [row["step"] for row in rows][-3:].index(best["step"]) == 0  # and two validations after it
+    assert "the best so far" in capsys.readouterr().out
+    assert not (checkpoint(run) / "best").exists()
+    assert list((checkpoint(run) / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_validation_without_references_is_refused_by_the_name_of_its_setting(tmp_path, capsys):
+    arguments = answered_run(tmp_path / "run", folder(tmp_path / "model"), train={"validate_every": 1.0})
+    rows = tmp_path / "run" / "dataset" / "validation.jsonl"
+    rows.write_text("".join(json.dumps({**json.loads(line), "summary": None}) + "\n" for line in rows.read_text().splitlines()))
+    assert main(arguments) == 12
+    assert "train.validate_every: no validation row has a reference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["kl_reference", "kl_teacher_sequence", "kl_teacher_token"])
+def test_each_kl_term_is_logged_and_lowers_what_it_measures(name, tmp_path):
+    run = tmp_path / "run"
+    arguments = answered_run(run, folder(tmp_path / "model"), train={name: 0.5, "epochs": 10})
+    assert main(arguments) == 0
+    rows = [json.loads(line) for line in (checkpoint(run) / "log.jsonl").read_text().splitlines()]
+    assert all(row[name] is not None for row in rows)
+    others = {"kl_reference", "kl_teacher_sequence", "kl_teacher_token"} - {name}
+    assert all(row[other] is None for row in rows for other in others)
+    if name == "kl_reference":
+        assert rows[0][name] == pytest.approx(0.0, abs=1e-5)  # it begins at the reference
+        assert rows[-1][name] > 0
+    else:
+        assert rows[-1][name] < rows[0][name]
+        read = {ref["path"] for ref in manifest(run, "checkpoints/r0")["inputs"]}
+        assert "responses/teacher/responses.jsonl" in read
+
+
+def test_a_run_may_go_on_with_another_layout_of_the_same_step_but_not_with_other_steps(tmp_path, capsys):
+    arguments = answered_run(tmp_path / "run", folder(tmp_path / "model"), train={"max_steps": 4})
+    assert main([*arguments, "--set", "train.batch_size=2", "--set", "train.gradient_accumulation=2"]) == 0
+    assert main([*arguments, "--set", "train.learning_rate=0.5"]) == 6
+    assert "train.learning_rate" in capsys.readouterr().err
