@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 PROMPTS = 32
 """Rows that both folders answer: of the validation split, then of the train split."""
-BATCH = 16
-"""Prompts that transformers answers side by side."""
 LEAST_ALIKE = 0.5
 """Mean ROUGE-L F1 of the two folders' answers below which the conversion is refused. In float32 they differ by near-ties only (1.0 was
 measured throughout), in float16 hardly more (0.94 and above)."""
@@ -110,7 +108,6 @@ def parity(run: Run, hf: Path, serving: Path) -> dict[str, Any]:
 
     model = LocalModel(serving)
     requests = list(islice((r for r in _asked(run, model.config.kind) if model.fits(r)), PROMPTS))
-    requests.sort(key=_characters)  # less padding: a batch is as long as its longest prompt
     served = [completions[0].text.strip() for completions in model.generate(requests)]
     del model  # a large one may not fit beside itself
     pairs = list(zip(_answers_of_transformers(hf, requests), served, strict=True))
@@ -162,37 +159,16 @@ def _asked(run: Run, kind: Literal["encoder-decoder", "decoder-only"]) -> Iterat
             yield GenerationRequest(messages=messages(task, example.question), sampling=greedy)
 
 
-def _characters(request: GenerationRequest) -> int:
-    return len(request.prompt or "") + sum(len(message.content) for message in request.messages or ())
-
-
 def _answers_of_transformers(folder: Path, requests: Sequence[GenerationRequest]) -> list[str]:
     """Greedy answers of a Hugging Face folder in float32 on the processor, ended as `LocalModel` ends them; outer blanks removed."""
-    from transformers import GenerationConfig
-
     from shared.engines.encoding import PromptEncoder
     from shared.settings import TrainSettings
-    from student_trainer.training.student import load
+    from student_trainer.training.student import load, padding_token
+    from student_trainer.training.validation import Answerer
 
+    if not requests:
+        return []
     student, tokenizer = load(folder, TrainSettings(), bf16=False)
-    # greedy and nothing else: a folder's own generation_config may hold penalties, which serving does not know
-    starts_with = student.model.config.decoder_start_token_id if student.kind == "encoder-decoder" else None
-    student.model.generation_config = GenerationConfig(decoder_start_token_id=starts_with)
-    tokenizer.padding_side = "left" if student.kind == "decoder-only" else "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    encoder = PromptEncoder.from_transformers(tokenizer)
-    texts = []
-    for first in range(0, len(requests), BATCH):
-        batch = requests[first : first + BATCH]
-        generated = student.generate(
-            dict(tokenizer.pad({"input_ids": [encoder.encode(request) for request in batch]}, return_tensors="pt")),
-            max_new_tokens=batch[0].sampling.max_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for request, ids in zip(batch, generated, strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            cuts = [at for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
-            texts.append(text[: min(cuts, default=len(text))].strip())
-    return texts
+    encoder, asked = PromptEncoder.from_transformers(tokenizer), requests[0].sampling
+    answer = Answerer(student, tokenizer, padding_token(tokenizer), asked.max_tokens, asked.stop)
+    return answer([encoder.encode(request) for request in requests])

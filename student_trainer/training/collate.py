@@ -44,6 +44,8 @@ class Collator:
       pairs           (P, 2) indices of responses: chosen, rejected
       visits, mass, edges, edge_counts  the prefix tree of the teacher's samples, as `losses.prefix_tree_kl` reads it
       example_ids     list of B strings
+      denominators    losses.Counts, what the batch adds to them
+      cells           (real tokens, all cells)
     """
 
     def __init__(
@@ -78,15 +80,18 @@ class Collator:
             "example_ids": [e.example_id for e in examples],
         }
         if self.kind == "decoder-only":
-            return batch | {
+            batch |= {
                 "input_ids": _padded([row.input_ids for row in laid], self.pad_token_id),
                 "position_ids": _padded([row.position_ids for row in laid], 0),
             }
-        return batch | {
-            "input_ids": _padded([e.prompt for e in examples], self.pad_token_id),
-            "attention_mask": _padded([[1] * len(e.prompt) for e in examples], 0),
-            "decoder_input_ids": _padded([row.input_ids for row in laid], self.pad_token_id),
-        }
+        else:
+            batch |= {
+                "input_ids": _padded([e.prompt for e in examples], self.pad_token_id),
+                "attention_mask": _padded([[1] * len(e.prompt) for e in examples], 0),
+                "decoder_input_ids": _padded([row.input_ids for row in laid], self.pad_token_id),
+            }
+        # counted here, before a GPU has it, which would have to be waited for
+        return batch | {"denominators": denominators(batch), "cells": cells(batch)}
 
     def used(self, example: Packed) -> list[int]:
         """The responses that take part in the loss; of a blank example its only one."""

@@ -28,7 +28,7 @@ from student_trainer.training.losses import Weights
 from student_trainer.training.packing import Packer, group, samples_by_example
 from student_trainer.training.record import LogRow, Recorder
 from student_trainer.training.rounds import checkpoint_stage, first_does, is_first, stage_name
-from student_trainer.training.student import ADAPTER, Student, load, native_bf16, refuse_unless_packable
+from student_trainer.training.student import ADAPTER, Student, load, native_bf16, padding_token, refuse_unless_packable
 from student_trainer.training.trainer import (
     TENSORBOARD,
     WEIGHTS,
@@ -271,10 +271,9 @@ def uses_bf16(settings: TrainSettings, device: torch.device) -> bool:
 
 def collator_for(student: Student, tokenizer: Any, settings: TrainSettings) -> Collator:
     """The collator of this student; the odds ratio's weight 0 leaves the rejected responses out."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Collator(
         student.kind,
-        pad_token_id=pad,
+        pad_token_id=padding_token(tokenizer),
         start_token_id=student.model.config.decoder_start_token_id if student.kind == "encoder-decoder" else None,
         with_rejected=settings.orpo_lambda > 0,
         with_samples=settings.learns_samples,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from shared.engines.t5 import RELATIVE_POSITION_MODELS, scales_logits, tied
 from shared.errors import TrainingError
@@ -54,8 +54,15 @@ class Student(nn.Module):
 
     def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
         """(B, tokens) greedy answers to padded prompts (`input_ids`, `attention_mask`), without the prompts; padded behind their end."""
-        with torch.no_grad(), self._precision():
-            found: Tensor = self.model.generate(**inputs, do_sample=False, num_beams=1, **options)
+        own = self.model.generation_config
+        start = self.model.config.decoder_start_token_id if self.kind == "encoder-decoder" else None
+        try:
+            # greedy and nothing else: a model's own may hold penalties, which serving does not know
+            self.model.generation_config = GenerationConfig(decoder_start_token_id=start)
+            with torch.no_grad(), self._precision():
+                found: Tensor = self.model.generate(**inputs, **options)
+        finally:
+            self.model.generation_config = own
         return found[:, 1 if self.kind == "encoder-decoder" else inputs["input_ids"].shape[1] :]
 
     def initial_logits(self, batch: dict[str, Any]) -> Tensor:
@@ -122,6 +129,11 @@ def load(source: str | Path, settings: TrainSettings, *, bf16: bool, adapter: Pa
     if settings.lora_rank:
         adapt(student, settings.lora_rank, adapter)
     return student, tokenizer
+
+
+def padding_token(tokenizer: Any) -> int:
+    """What fills up rows, where it is seen by nothing; a tokenizer without such a token lends its end."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def tell_truth_about_tying(model: Any) -> None:

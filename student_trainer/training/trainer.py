@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from shared.artifacts import new_directory, read_json, temporary_name
 from shared.errors import TrainingError
 from shared.settings import TrainSettings
-from student_trainer.training.collate import Collator, LengthGrouped, blank, cells, denominators
+from student_trainer.training.collate import Collator, LengthGrouped, blank
 from student_trainer.training.losses import Counts, Terms, Weights, terms
 from student_trainer.training.packing import Packed
 from student_trainer.training.record import LogRow
@@ -36,6 +36,7 @@ OUT_OF_MEMORY = (
     "train.max_prompt_tokens or triplets.max_rejected, or set train.activation_checkpointing=true, train.frozen_layers or "
     "train.lora_rank. The last checkpoint is kept"
 )
+NOT_FINITE = "lower train.learning_rate or set train.precision=fp32. The last checkpoint is kept"
 NEVER = 10**9
 TENSORBOARD = "tensorboard"
 
@@ -80,31 +81,17 @@ def arguments(
     return args
 
 
-@dataclass
-class _Step:
-    """Sums of one optimizer step over the micro-batches of one process."""
+TERMS = ("nll", "odds_ratio", "kl_reference", "kl_teacher_sequence", "kl_teacher_token")
+SUMS = (*TERMS, "pairs", "preferred", "logp_chosen", "logp_rejected")
+"""What is summed over a step's micro-batches: the terms of the loss, pairs, those whose chosen response is the likelier, their scores."""
 
-    nll: float = 0.0
-    odds_ratio: float = 0.0
-    kl_reference: float = 0.0
-    kl_teacher_sequence: float = 0.0
-    kl_teacher_token: float = 0.0
-    pairs: int = 0
-    preferred: int = 0
-    logp_chosen: float = 0.0
-    logp_rejected: float = 0.0
-    tokens: int = 0
-    cells: int = 0
 
-    def add(self, found: Terms, batch: dict[str, Any]) -> None:
-        for name in ("nll", "odds_ratio", "kl_reference", "kl_teacher_sequence", "kl_teacher_token"):
-            setattr(self, name, getattr(self, name) + getattr(found, name).item())
-        self.pairs += len(found.chosen)
-        self.preferred += int((found.chosen > found.rejected).sum())
-        self.logp_chosen += found.chosen.sum().item()
-        self.logp_rejected += found.rejected.sum().item()
-        tokens, all_cells = cells(batch)
-        self.tokens, self.cells = self.tokens + tokens, self.cells + all_cells
+def sums_of(found: Terms) -> Tensor:
+    """(len(SUMS),) float64 of one micro-batch, left on its device: asking a GPU for a number means to wait for it."""
+    of_terms = [getattr(found, name).detach() for name in TERMS]
+    preferred = (found.chosen > found.rejected).sum()
+    rest = [torch.tensor(len(found.chosen)), preferred, found.chosen.sum(), found.rejected.sum()]
+    return torch.stack([value.to(of_terms[0].device, torch.float64) for value in (*of_terms, *rest)])
 
 
 class Resumable(Trainer):  # type: ignore[misc]
@@ -118,6 +105,7 @@ class Resumable(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         self.student, self._on_row, self._step_began = student, on_row, time.monotonic()
         self._writing_to = Path(self.args.output_dir or ".")
+        self._example_ids: list[str] = []
 
     def go_on(self) -> None:
         """Train to the end, from the last checkpoint if there is one. Raises TrainingError."""
@@ -145,10 +133,10 @@ class Resumable(Trainer):  # type: ignore[misc]
 
     def _refuse_unless_finite(self, loss: Tensor, example_ids: Sequence[str]) -> None:
         """Raises TrainingError naming the examples."""
+        self._example_ids += example_ids
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on examples {', '.join(example_ids)}; lower "
-                "train.learning_rate or set train.precision=fp32. The last checkpoint is kept"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on examples {', '.join(example_ids)}; {NOT_FINITE}"
             )
 
     def _complete(self, logs: dict[str, float], *, tokens: float, cells: float, **measured: float) -> None:
@@ -156,9 +144,9 @@ class Resumable(Trainer):  # type: ignore[misc]
         seconds = time.monotonic() - self._step_began
         if not math.isfinite(logs.get("grad_norm", 0.0)):
             raise TrainingError(
-                f"the gradient is not finite at step {self.state.global_step}; lower train.learning_rate or set train.precision=fp32. "
-                "The last checkpoint is kept"
+                f"the gradient is not finite at step {self.state.global_step}, on examples {', '.join(self._example_ids)}; {NOT_FINITE}"
             )
+        self._example_ids.clear()
         row = {
             "step": self.state.global_step,
             "epoch": self.state.epoch,
@@ -233,7 +221,8 @@ class OrpoTrainer(Resumable):
         filled = [*rows, blank(rows[0])]
         super().__init__(student, on_row=on_row, model=student, args=args, train_dataset=filled, data_collator=collator)
         self._reference, self._weights = reference, weights
-        self._step, self._counts = _Step(), Counts(1.0, 0.0, 0.0)
+        self._sums, self._counts = torch.zeros(len(SUMS)), Counts(1.0, 0.0, 0.0)
+        self._tokens = self._cells = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         size = self.args.train_batch_size * self.args.world_size
@@ -243,8 +232,9 @@ class OrpoTrainer(Resumable):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> None:
         """Count the denominators of the whole optimizer step, over all processes."""
-        self._step, self._step_began = _Step(), time.monotonic()
-        self._counts = Counts(**self._over_all_processes([asdict(denominators(b)) for b in batch_samples]))
+        self._step_began, self._sums = time.monotonic(), torch.zeros(len(SUMS), dtype=torch.float64, device=self.args.device)
+        self._tokens, self._cells = map(sum, zip(*(batch["cells"] for batch in batch_samples), strict=True))
+        self._counts = Counts(**self._over_all_processes([asdict(batch["denominators"]) for batch in batch_samples]))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
@@ -257,7 +247,7 @@ class OrpoTrainer(Resumable):
         found = terms(model(inputs), inputs, self._weights, reference=reference)
         loss = found.loss(self._weights, self._counts)
         self._refuse_unless_finite(loss, inputs["example_ids"])
-        self._step.add(found, inputs)
+        self._sums += sums_of(found)
         whole: Tensor = loss * self.args.world_size
         return whole  # gradients are averaged over the processes, and the shares must be summed
 
@@ -265,7 +255,8 @@ class OrpoTrainer(Resumable):
         """Complete the row of a step from what `compute_loss` kept."""
         if "loss" not in logs:  # Trainer's own summary at the end
             return
-        sums, counts, weights = self._over_all_processes([asdict(self._step)]), self._counts, self._weights
+        own = {**dict(zip(SUMS, self._sums.tolist(), strict=True)), "tokens": self._tokens, "cells": self._cells}
+        sums, counts, weights = self._over_all_processes([own]), self._counts, self._weights
         row = {"nll": sums["nll"] / counts.chosen_tokens}
         if sums["pairs"]:
             chosen, rejected = sums["logp_chosen"] / sums["pairs"], sums["logp_rejected"] / sums["pairs"]

@@ -56,7 +56,7 @@ class Answerer:
             )
             for index, ids in zip(batch, generated.tolist(), strict=True):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                answers[index] = text[: min((at for s in self.stop if (at := text.find(s)) > 0), default=len(text))].strip()
+                answers[index] = text[: min((at for s in self.stop if (at := text.find(s)) >= 0), default=len(text))].strip()
         return answers
 
     def _padded(self, prompts: list[Sequence[int]]) -> dict[str, torch.Tensor]:

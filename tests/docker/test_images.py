@@ -45,7 +45,7 @@ def test_images_carry_labels(name: str) -> None:
     [
         ("light", ["torch", "transformers", "ctranslate2", "tokenizers", "datasets", "vllm"]),
         ("student", ["torch", "transformers", "datasets", "vllm"]),
-        ("trainer", ["fastapi", "vllm", "trl"]),
+        ("trainer", ["fastapi", "vllm"]),
         ("vllm", ["shared", "student_trainer", "ctranslate2"]),
     ],
 )

@@ -138,6 +138,14 @@ def test_the_student_and_the_manifest_say_what_was_done(tmp_path, capsys):
     assert "complete, nothing to do" in capsys.readouterr().out
 
 
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
+    tokenizer = tiny_models.tokenizer(appends_eos=False, chat=True)
+    tokenizer.pad_token = None
+    model = tiny_models.save_folder(tiny_models.tiny_llama(), tokenizer, tmp_path / "model")
+    assert main(run_with(tmp_path / "run", model, triplets(), max_steps=2, validate_every=1.0, validation_rows=2)) == 0
+    assert len(log(tmp_path / "run")) == 2
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [([], "nothing to train on"), ([triplets()[0].model_copy(update={"rejected": triplets()[0].chosen})], "chosen equals rejected")],

@@ -133,6 +133,53 @@ def test_a_loss_that_is_not_finite_names_the_examples_and_keeps_the_checkpoint(t
     assert checkpoints(tmp_path)
 
 
+def test_a_gradient_that_is_not_finite_names_the_examples_of_its_step(tmp_path):
+    model = student("decoder-only").float()
+    made, log = trainer(model, examples(3), tmp_path, batch_size=2, gradient_accumulation=2, max_steps=3)
+    next(iter(model.trained().values())).register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(TrainingError, match=r"the gradient is not finite at step 1, on examples e\d, e\d, e\d; lower train\.learning_rate"):
+        made.train()
+    assert not log
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")])
+def test_out_of_memory_says_which_settings_to_lower(error, tmp_path):
+    model = student("decoder-only").float()
+    made, _ = trainer(model, examples(2), tmp_path, batch_size=2, max_steps=3)
+
+    def too_large(*inputs):
+        raise error
+
+    model.register_forward_pre_hook(too_large)
+    with pytest.raises(TrainingError, match=r"out of memory at step 1; lower train\.batch_size .* train\.activation_checkpointing=true"):
+        made.go_on()
+
+
+def test_activation_checkpointing_keeps_less_and_changes_nothing(tmp_path):
+    for kind in KINDS:
+        folder = tmp_path / kind
+        made = tiny_models.tiny_llama() if kind == "decoder-only" else tiny_models.tiny_t5()
+        tiny_models.save_folder(made, tiny_models.tokenizer(appends_eos=kind == "encoder-decoder"), folder)
+        batch, kept, found = collator(kind)(examples(4, 3)), [], []
+        for checkpointing in (False, True):
+            model, _ = load(folder, TrainSettings(activation_checkpointing=checkpointing), bf16=False)
+            model.train()
+            sizes = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+                loss = loss_of(model, batch)
+            kept.append(sum(sizes))
+            found.append(gradients(model, loss))
+        assert kept[1] < 0.6 * kept[0]
+        assert all(torch.allclose(found[0][name], gradient, atol=1e-6) for name, gradient in found[1].items())
+
+
+def test_a_checkpoint_of_another_student_is_refused(tmp_path):
+    trainer(student("decoder-only").float(), examples(4), tmp_path, batch_size=2, max_steps=2)[0].go_on()
+    other = student("decoder-only", layers=3).float()
+    with pytest.raises(TrainingError, match="holds other weights than this student trains; remove it to begin anew"):
+        trainer(other, examples(4), tmp_path, batch_size=2, max_steps=4)[0].go_on()
+
+
 def test_killed_after_the_last_step_it_takes_the_weights_of_the_last_checkpoint_and_trains_no_further(tmp_path):
     first = student("decoder-only").float()
     trainer(first, examples(6), tmp_path, batch_size=2, epochs=1.5)[0].go_on()
