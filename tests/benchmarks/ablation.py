@@ -9,7 +9,7 @@ one each, so that all arms take as many steps). Teacher: the same with the embed
 prompt; the student is asked for 8 as well. An arm with K teacher samples takes K of the 8, others for every seed. Chosen: the best of K
 by ROUGE-L with the row's reference. No checkpoint is chosen by validation: each arm is scored after its last step, greedily, on the whole
 test split. A cell (data set, arm, seed) is a run directory below runs/ablation and a line of results/ablation.jsonl, with the ROUGE-L of
-every test row.
+every test row; the pool of answers lies beside it, so that a grid may be finished on another machine.
 
 Intervals: 95%, percentile, 10,000 resamples of test rows and, with them, of seeds; gains are paired by row and seed.
 Expected, written down before the first run (field notes' trial: 160 rows, one seed): SFT on the chosen 31.0, lambda 0.1 against the
@@ -37,7 +37,7 @@ import numpy as np
 import yaml
 
 from evaluator.metrics.rouge import rouge_rows
-from shared.artifacts import Run, read_jsonl, write_jsonl
+from shared.artifacts import Run, read_jsonl, sha256_file, write_atomic, write_jsonl
 from shared.contracts import Response
 from shared.datasets.stage import prepare
 from shared.prompts import zero_shot
@@ -52,6 +52,7 @@ RESULTS = HERE / "results" / "ablation.jsonl"
 POOL = 8
 """Answers a prompt of teacher and student; arms take their part."""
 SEEDS = (0, 1, 2)
+STAGES = ("responses/teacher", "responses/student-r0")
 BASE: dict[str, Any] = {
     "teacher": {"launch": {"engine": "local", "model": "embedded:smollm2-135m-questions"}},
     "student": {"model": "embedded:smollm2-135m"},
@@ -110,37 +111,56 @@ def recipe_file(data: str, work: Path, *, meqsum: Path | None, quick: bool) -> P
     return file
 
 
-def pool(data: str, work: Path, *, meqsum: Path | None, quick: bool) -> Run:
-    """The run whose answers all arms share: harvested and sampled once."""
-    file, folder = recipe_file(data, work, meqsum=meqsum, quick=quick), work / data / "pool"
-    run = Run.open(folder, load_settings(Recipe, flags={}, yaml_file=file))
-    options = ["--recipe", str(file), "--out", str(folder)]
+def pool_file(data: str, work: Path, *, quick: bool) -> Path:
+    """All answers that arms take their part of; kept with the results, since a teacher's samples are drawn anew every time."""
+    return work / data / "pool.jsonl" if quick else RESULTS.with_name(f"ablation-pool-{data}.jsonl")
+
+
+def fill_pool(data: str, work: Path, *, meqsum: Path | None, quick: bool) -> None:
+    """Harvest the teacher and sample the student, unless that was done."""
+    recipe, file = recipe_file(data, work, meqsum=meqsum, quick=quick), pool_file(data, work, quick=quick)
+    if file.exists():
+        return
+    folder = work / data / "pool"
+    run = Run.open(folder, load_settings(Recipe, flags={}, yaml_file=recipe))
+    options = ["--recipe", str(recipe), "--out", str(folder)]
+    run_command("prepare", options)
     if run.manifest("responses/teacher") is None:
         assert run.recipe.teacher.launch is not None
         key = secrets.token_urlsafe(32)
-        run_command("prepare", options)
         with launched_teacher(run, run.recipe.teacher.launch, key) as url:
             run_command("harvest", [*options, "--teacher-url", url], {"DISTILL_TEACHER__API_KEY": key})
-    if run.manifest("responses/student-r0") is None:
-        run_command("sample", options)
-    return run
+    run_command("sample", options)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for stage in STAGES:
+        for row in read_jsonl(folder / stage / "responses.jsonl", Response):
+            lines.append({"stage": stage, **row.model_dump(include={"example_id", "sample", "text", "finish_reason", "status", "model"})})
+    write_atomic(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def cell(data: str, arm: str, seed: int, work: Path) -> dict[str, Any]:
+def fill(run: Run, stage: str, samples: set[int], pool: Path) -> None:
+    """The answers of a stage: those samples of the pool."""
+    rows = []
+    for line in map(json.loads, pool.read_text().splitlines()):
+        if line.pop("stage") == stage and line["sample"] in samples:
+            key = f"{line['example_id']}-{line['sample']}"
+            rows.append(Response(**line, key=key, latency_s=0, attempts=1, received_at="in the pool"))
+    made = run.stage(stage, inputs=["dataset"])
+    write_jsonl(made.path / "responses.jsonl", rows)
+    made.finish([made.path / "responses.jsonl"], settings={"samples": sorted(samples), "pool": sha256_file(pool)})
+
+
+def cell(data: str, arm: str, seed: int, work: Path, pool: Path) -> dict[str, Any]:
     """Triplets, training and test answers of one arm and seed, in a process of its own."""
     begun = time.monotonic()
-    shared = Run(work / data / "pool", load_settings(Recipe, flags={}, yaml_file=work / data / "recipe.yaml"))
     samples, settings = ARMS[arm]
     mine = load_settings(Recipe, flags={**settings, "seed": seed}, yaml_file=work / data / "recipe.yaml")
     path = work / data / f"{list(ARMS).index(arm):02d}-seed{seed}"
     run = Run.open(path, mine)
     test = prepare(run)["test"]
-    for name, count in (("responses/teacher", samples), ("responses/student-r0", POOL)):
-        taken = {(seed * samples + i) % POOL for i in range(count)}
-        stage = run.stage(name, inputs=["dataset"])
-        rows = [row for row in read_jsonl(shared.path / name / "responses.jsonl", Response) if row.sample in taken]
-        write_jsonl(stage.path / "responses.jsonl", rows)
-        stage.finish([stage.path / "responses.jsonl"], settings={"samples": sorted(taken), "of": str(shared.path)})
+    for stage, count in zip(STAGES, (samples, POOL), strict=True):
+        fill(run, stage, {(seed * samples + i) % POOL for i in range(count)}, pool)
     build(run)
     train_rounds(run, before_training=lambda: None)
     train_s = time.monotonic() - begun
@@ -240,7 +260,7 @@ def main() -> int:
         work, file = work.with_name(work.name + "-quick"), work.with_name(work.name + "-quick") / "ablation.jsonl"
     if arguments.cell:
         data, arm, seed = arguments.cell
-        print(json.dumps(cell(data, arm, int(seed), work)))
+        print(json.dumps(cell(data, arm, int(seed), work, pool_file(data, work, quick=arguments.quick))))
         return 0
     if not arguments.table:
         arms, seeds = (list(ARMS)[:2], SEEDS[:1]) if arguments.quick else (list(ARMS), SEEDS)
@@ -252,7 +272,7 @@ def main() -> int:
             if (d, arm, seed) in done:
                 continue
             begun = time.monotonic()
-            pool(d, work, meqsum=arguments.meqsum, quick=arguments.quick)
+            fill_pool(d, work, meqsum=arguments.meqsum, quick=arguments.quick)
             options = ["--work", str(arguments.work), *(["--quick"] if arguments.quick else [])]
             made = subprocess.run(
                 [sys.executable, __file__, *options, "--cell", d, arm, str(seed)], stdout=subprocess.PIPE, text=True, check=True

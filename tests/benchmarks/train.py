@@ -1,6 +1,6 @@
 """What packing saves: a training step of ours beside TRL's on the same prompts, and beside plain SFT on the chosen alone, in one run.
 
-    python tests/benchmarks/train.py                        # five minutes on 2 idle cores
+    python tests/benchmarks/train.py                        # six minutes on 2 idle cores
     python tests/benchmarks/train.py --quick                # within a minute on idle cores: of the wall clock only T5's, and roughly
     python tests/benchmarks/train.py --meqsum meqsum.xlsx   # padding on MeQSum's own lengths instead of the embedded sample's
     python tests/benchmarks/train.py --device cuda          # prompts/s and memory on a GPU, and nothing else
@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -60,7 +60,7 @@ from shared.datasets import load
 from shared.models import hugging_face_model
 from shared.prompts import zero_shot
 from shared.settings import DatasetSettings, TaskSettings, TrainSettings, cache_dir
-from student_trainer.training.collate import Collator, LengthGrouped, cells, denominators
+from student_trainer.training.collate import Collator, LengthGrouped
 from student_trainer.training.losses import Weights, terms, token_logps
 from student_trainer.training.packing import Kind, Packed, Packer, Preferences
 from student_trainer.training.student import Student, turn_dropout_off
@@ -147,36 +147,28 @@ def trl_trainer(kind: Kind, device: str = "cpu") -> ORPOTrainer:
 
 
 class Systems:
-    """TRL, ours and SFT around one model object: the batch each makes of the same prompts, and its loss."""
+    """TRL, ours and SFT around one model object: the loss of each."""
 
     def __init__(self, config: Config, trl: ORPOTrainer, *, device: str = "cpu", bf16: bool = False) -> None:
-        self.kind, self._trl, self._device, self._bf16 = kind_of(config), trl, device, bf16
+        self._trl, self.device, self._bf16 = trl, device, bf16
         torch.manual_seed(0)
-        made = T5ForConditionalGeneration if self.kind == "encoder-decoder" else LlamaForCausalLM
+        made = T5ForConditionalGeneration if config.is_encoder_decoder else LlamaForCausalLM
         with torch.device(device):
             self.model = made._from_config(config, attn_implementation="sdpa").train()
-        if self.kind == "encoder-decoder":  # flan-T5 has a head of its own, which transformers 5 ties
+        if config.is_encoder_decoder:  # flan-T5 has a head of its own, which transformers 5 ties
             self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
         turn_dropout_off(self.model)
+        self.kind = kind_of(config)
         self._student = Student(self.model, self.kind, bf16=bf16)
-
-    def batch(self, system: str, rejected: int, prompts: int) -> dict[str, Any]:
-        rows = examples(rejected, prompts)
-        if system == TRL:
-            made = trl_batch(self.kind, rows)
-        else:
-            collator = Collator(self.kind, pad_token_id=0, start_token_id=0, with_rejected=system != SFT)
-            made = collator(apart(rows) if system == NOT_PACKED else rows)
-        return {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in made.items()}
 
     def loss(self, system: str, batch: dict[str, Any]) -> Tensor:
         """() of a whole training step."""
         if system == TRL:
-            with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._bf16):
+            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self._bf16):
                 loss: Tensor = self._trl.get_batch_loss_metrics(self.model, batch)[0]
             return loss
         weights = Weights(orpo_lambda=0.0 if system == SFT else BETA)
-        return terms(self._student(batch), batch, weights).loss(weights, denominators(batch))
+        return terms(self._student(batch), batch, weights).loss(weights, batch["denominators"])
 
     def countable(self, system: str, batch: dict[str, Any]) -> Tensor:
         """() with the matrix products of `loss`, though no number of it can be read: the metrics and denominators of both sides do that."""
@@ -184,6 +176,18 @@ class Systems:
             chosen, rejected, _, _, nll = self._trl.concatenated_forward(self.model, batch)
             return nll - self._trl.odds_ratio_loss(chosen, rejected)[0].mean()
         return token_logps(self._student(batch), batch["labels"]).sum()
+
+
+def made_batch(kind: Kind, case: Case, prompts: int, put: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """What the case's collator makes of the same prompts, each tensor as `put` returns it."""
+    system, rejected = case
+    rows = examples(rejected, prompts)
+    if system == TRL:
+        made = trl_batch(kind, rows)
+    else:
+        collator = Collator(kind, pad_token_id=0, start_token_id=0, with_rejected=system != SFT)
+        made = collator(apart(rows) if system == NOT_PACKED else rows)
+    return {name: put(value) if isinstance(value, Tensor) else value for name, value in made.items()}
 
 
 def examples(rejected: int, prompts: int) -> list[Packed]:
@@ -216,27 +220,21 @@ def trl_batch(kind: Kind, rows: Sequence[Packed]) -> dict[str, Tensor]:
     return batch
 
 
-def positions(system: str, rejected: int, batch: dict[str, Any], prompts: int) -> int:
-    """Tokens that pass through the layers, a prompt."""
-    if system == TRL:
-        return 2 * rejected * (PROMPT + RESPONSE)
-    return sum(batch[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch) // prompts
-
-
 def measure_flops(name: str, config: Config, cases: list[Case], *, prompts: int = 8) -> dict[str, float]:
     print(f"\n{config.name_or_path}, {config.num_hidden_layers} layers: FLOPs of forward and backward, {prompts} prompts")
     print_row("", "positions", "GFLOP", "TRL / it", "it / SFT")
-    trl, found, passing = trl_trainer(kind_of(config)), {}, {}
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+    kind, mode, found = kind_of(config), FakeTensorMode(), {}
+    trl, batches = trl_trainer(kind), {case: made_batch(kind, case, prompts, mode.from_tensor) for case in cases}
+    with mode, sdpa_kernel(SDPBackend.MATH):
         systems = Systems(config, trl)
-        for case in cases:
-            batch = systems.batch(*case, prompts)
+        for case, batch in batches.items():
             with FlopCounterMode(display=False) as counter:
                 systems.countable(case[0], batch).backward()
-            found[case], passing[case] = counter.get_total_flops() / 1e9, positions(*case, batch, prompts)
+            found[case] = counter.get_total_flops() / 1e9
     for (system, rejected), flops in found.items():
         of_trl = None if system == SFT else found[TRL, rejected] / flops
-        print_row(named(system, rejected), str(passing[system, rejected]), *map(shown, (flops, of_trl, flops / found[SFT, 1])))
+        through = 2 * rejected * (PROMPT + RESPONSE) if system == TRL else batches[system, rejected]["cells"][1] // prompts
+        print_row(named(system, rejected), str(through), *map(shown, (flops, of_trl, flops / found[SFT, 1])))
     values = {f"{name}_flops_k{k}": found[TRL, k] / found[OURS, k] for k in (1, 3)}
     return values | {f"{name}_flops_of_sft_k{k}": found[OURS, k] / found[SFT, 1] for k in (1, 3)}
 
@@ -245,7 +243,7 @@ def measure_wall(name: str, config: Config, *, prompts: int, rounds: int) -> dic
     print(f"\n{config.name_or_path}, {config.num_hidden_layers} layers: a step of {prompts} prompts, float32; {rounds} rounds in turns")
     print_row("", "median s", "TRL / it", "it / SFT", "saved MiB")
     systems = Systems(config, trl_trainer(kind_of(config)))
-    batches = {case: systems.batch(*case, prompts) for case in TIMED}
+    batches = {case: made_batch(systems.kind, case, prompts, lambda tensor: tensor) for case in TIMED}
     saved = {case: saved_bytes(systems, case[0], batch) for case, batch in batches.items()}  # warms up as well
     seconds: dict[Case, list[float]] = {case: [] for case in TIMED}
     for i in range(rounds):
@@ -316,7 +314,7 @@ def measure_padding(meqsum: Path | None) -> dict[str, float]:
 
 def all_cells(collator: Collator, rows: Sequence[Packed], order: Sequence[int], size: int) -> tuple[int, int]:
     """(real tokens, all cells) over the batches of `size` that `order` makes."""
-    found = [cells(collator([rows[i] for i in order[at : at + size]])) for at in range(0, len(order), size)]
+    found = [collator([rows[i] for i in order[at : at + size]])["cells"] for at in range(0, len(order), size)]
     return sum(real for real, _ in found), sum(whole for _, whole in found)
 
 
@@ -362,7 +360,7 @@ def doubled(systems: Systems, case: Case) -> list[OnGpu]:
 
 
 def on_gpu(systems: Systems, case: Case, *, prompts: int, warm_up: int = 3, steps: int = 20) -> OnGpu:
-    batch = systems.batch(*case, prompts)
+    batch = made_batch(systems.kind, case, prompts, Tensor.cuda)
     torch.cuda.reset_peak_memory_stats()
     for step in range(warm_up + steps):
         if step == warm_up:
@@ -410,7 +408,7 @@ def measure(*, quick: bool, meqsum: Path | None, device: str) -> None:
         if quick:
             values |= measure_wall("t5", flan_t5_small(8), prompts=1, rounds=3)
         else:
-            values |= measure_wall("t5", flan_t5_small(8), prompts=4, rounds=5)
+            values |= measure_wall("t5", flan_t5_small(8), prompts=8, rounds=5)
             values |= measure_wall("decoder", smollm2_135m(10), prompts=2, rounds=5)
     rounded = {name: None if value is None else round(value, 3) for name, value in values.items()}
     print_verdict(rounded)
