@@ -18,7 +18,8 @@ from shared.prompts import zero_shot
 
 STEP = {
     "step": 3, "epoch": 0.5, "loss": 2.5, "nll": 2.25, "odds_ratio": 0.75, "accuracy": 0.5, "logp_chosen": -2.0, "logp_rejected": -2.5,
-    "margin": 0.5, "grad_norm": 1.5, "learning_rate": 1e-4, "tokens_per_s": 800.0,
+    "margin": 0.5, "kl_reference": None, "kl_teacher_sequence": None, "kl_teacher_token": None, "grad_norm": 1.5, "learning_rate": 1e-4,
+    "tokens_per_s": 800.0, "padding_ratio": 1.05,
 }  # fmt: skip
 """A line of checkpoints/r0/log.jsonl."""
 

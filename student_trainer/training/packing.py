@@ -134,14 +134,13 @@ class Packer:
             if len(prompt) > self._max_prompt:
                 census.dropped["prompt_too_long"] += len(example.pairs)
                 continue
-            responses = [self._response(text, census) for text in example.responses]
-            pairs = [(c, r) for c, r in example.pairs if responses[c] != responses[r]]
-            census.dropped["equal_after_cut"] += len(example.pairs) - len(pairs)
-            if pairs:
-                rows.append(Packed(example.example_id, tuple(prompt), tuple(responses), example.weights, example.counts, tuple(pairs)))
-                census.examples, census.pairs = census.examples + 1, census.pairs + len(pairs)
+            row = self._row(example, prompt, [self._response(text, census) for text in example.responses])
+            census.dropped["equal_after_cut"] += len(example.pairs) - len(row.pairs)
+            if row.pairs:
+                rows.append(row)
+                census.examples, census.pairs = census.examples + 1, census.pairs + len(row.pairs)
                 census.prompt_tokens += len(prompt)
-                census.response_tokens += sum(map(len, responses))
+                census.response_tokens += sum(map(len, row.responses))
         if not rows:
             raise TrainingError(
                 f"all {census.triplets} triplets were dropped ({census.dropped['prompt_too_long']} have a prompt of more than "
@@ -150,9 +149,22 @@ class Packer:
             )
         return rows, census
 
-    def rendered(self, text: str) -> str:
-        """A prompt as the student reads it, before the tokenizer."""
-        return self._encoder.render((Message(role="user", content=text),)) if self._kind == "decoder-only" else text
+    def _row(self, example: Preferences, prompt: Sequence[int], responses: Sequence[tuple[int, ...]]) -> Packed:
+        """Responses that the cut has made equal become one, with the weights and counts of both; pairs this makes void are left out."""
+        place = {ids: index for index, ids in enumerate(dict.fromkeys(responses))}
+        weights, counts = [0.0] * len(place), [0] * len(place)
+        for ids, weight, count in zip(responses, example.weights, example.counts, strict=True):
+            weights[place[ids]] += weight
+            counts[place[ids]] += count
+        pairs = dict.fromkeys((place[responses[c]], place[responses[r]]) for c, r in example.pairs)
+        return Packed(
+            example.example_id,
+            tuple(prompt),
+            tuple(place),
+            tuple(weights),
+            tuple(counts),
+            tuple((c, r) for c, r in pairs if not weights[r]),
+        )
 
     def prompt(self, text: str) -> list[int]:
         """Token ids of a prompt."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from shared.commands import open_run, stage_parser
-from student_trainer.export import export
-from student_trainer.training.rounds import is_first, train_rounds
 
 
 def main(argv: list[str]) -> int:
@@ -13,6 +11,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--export", action="store_true", help="go on as `distill export` does, also when the training was complete before")
     parser.add_argument("--require-gpu", action="store_true", help="do not train on a CPU where torch can use no GPU")
     arguments = parser.parse_args(argv)
+
+    from student_trainer.export import export  # after parsing: --help must not wait for pydantic
+    from student_trainer.training.rounds import is_first, train_rounds
+
     run = open_run(arguments)
 
     def refuse_without_gpu() -> None:

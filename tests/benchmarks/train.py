@@ -1,6 +1,6 @@
 """What packing saves: a training step of ours beside TRL's on the same prompts, and beside plain SFT on the chosen alone, in one run.
 
-    python tests/benchmarks/train.py                        # six minutes on 2 idle cores
+    python tests/benchmarks/train.py                        # eight minutes
     python tests/benchmarks/train.py --quick                # within a minute on idle cores: of the wall clock only T5's, and roughly
     python tests/benchmarks/train.py --meqsum meqsum.xlsx   # padding on MeQSum's own lengths instead of the embedded sample's
     python tests/benchmarks/train.py --device cuda          # prompts/s and memory on a GPU, and nothing else
@@ -14,7 +14,8 @@ collating, which takes milliseconds, nor the optimizer, which costs all of them 
 FLOPs are counted, not timed: FlopCounterMode over FakeTensorMode, which runs the meta device's kernels (shapes without numbers) yet bears
 the name of a device, which autocast and TRL ask for. Attention is taken apart into its matrix products there, to be counted like
 everything else. Wall clock: systems take turns within each round, and what is compared is the median over rounds of the ratio within a
-round, since machines are noisy. Memory: bytes of distinct storages that autograd keeps for the backward pass, without parameters.
+round, since machines are noisy. It runs on one thread (--threads): several wait for each other at every product, so that one busy core
+spoils all. Memory: bytes of distinct storages that autograd keeps for the backward pass, without parameters.
 Padding: all cells that are computed on over real tokens; the target is meant for MeQSum's lengths. On a GPU each system has the batch that
 is fastest for it. Prints tables; the last line is one JSON object, null where not measured: TRL's cost over ours, but `..._of_sft_...` is
 ours over SFT's. A missed target is told, not an error. It runs on Linux: it reads /proc.
@@ -150,7 +151,7 @@ class Systems:
     """TRL, ours and SFT around one model object: the loss of each."""
 
     def __init__(self, config: Config, trl: ORPOTrainer, *, device: str = "cpu", bf16: bool = False) -> None:
-        self._trl, self.device, self._bf16 = trl, device, bf16
+        self._trl, self._device, self._bf16 = trl, device, bf16
         torch.manual_seed(0)
         made = T5ForConditionalGeneration if config.is_encoder_decoder else LlamaForCausalLM
         with torch.device(device):
@@ -164,7 +165,7 @@ class Systems:
     def loss(self, system: str, batch: dict[str, Any]) -> Tensor:
         """() of a whole training step."""
         if system == TRL:
-            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self._bf16):
+            with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._bf16):
                 loss: Tensor = self._trl.get_batch_loss_metrics(self.model, batch)[0]
             return loss
         weights = Weights(orpo_lambda=0.0 if system == SFT else BETA)
@@ -395,7 +396,7 @@ def print_verdict(values: dict[str, float | None]) -> None:
 def measure(*, quick: bool, meqsum: Path | None, device: str) -> None:
     """The whole run."""
     began, busy, own = time.monotonic(), busy_s(), sum(os.times()[:4])
-    machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {processor()}"
+    machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used, {processor()}"
     print(f"machine: {machine}, Python {platform.python_version()}, torch {torch.__version__}")
     values: dict[str, float | None] = dict.fromkeys(MEASURES)
     if device == "cuda":
@@ -406,7 +407,7 @@ def measure(*, quick: bool, meqsum: Path | None, device: str) -> None:
         values |= measure_flops("t5", flan_t5_base(), cases)
         values |= measure_flops("decoder", smollm2_135m(30), cases)
         if quick:
-            values |= measure_wall("t5", flan_t5_small(8), prompts=1, rounds=3)
+            values |= measure_wall("t5", flan_t5_small(8), prompts=1, rounds=2)
         else:
             values |= measure_wall("t5", flan_t5_small(8), prompts=8, rounds=5)
             values |= measure_wall("decoder", smollm2_135m(10), prompts=2, rounds=5)
@@ -425,9 +426,11 @@ def main() -> int:
     )
     parser.add_argument("--meqsum", type=Path, metavar="PATH", help="MeQSum's xlsx, for its lengths; else the embedded sample's rows")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: what a GPU's user sees, and nothing else")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a step on the CPU; more than 1 only on idle cores")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can use, and finds none")
+    torch.set_num_threads(args.threads)
     datasets.disable_progress_bars()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # TRL's

@@ -105,7 +105,7 @@ def test_run_again_everything_says_that_it_is_complete_and_nothing_changes(serve
     assert served.up().returncode == 0
     assert served.finish() == 0
     logs = served.compose("logs", "--no-color", "--since", str(int(began))).stdout
-    for stage in ("prepare", "responses/teacher", "responses/student-r0", "triplets/r0", "train", "export", "evaluation"):
+    for stage in ("prepare", "responses/teacher", "responses/student-r0", "triplets/r0", "checkpoints/r0", "export", "evaluation"):
         assert f"{stage}: complete, nothing to do" in logs, stage
     assert "is served already, nothing to do" in logs
     assert files() == before

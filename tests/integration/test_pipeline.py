@@ -117,7 +117,7 @@ def test_training_goes_on_with_the_export_and_evaluation_with_the_promotion(fini
     shared = ["--recipe", str(RECIPE), "--out", str(out)]
     trained = subprocess.run(command("train", *shared, "--export"), capture_output=True, text=True, check=False)
     assert trained.returncode == 0, trained.stderr
-    assert "train: complete, nothing to do" in trained.stdout
+    assert "checkpoints/r0: complete, nothing to do" in trained.stdout
     assert (out / "model" / "manifest.json").exists()
     registry = tmp_path / "registry"
     more = ["--teacher-url", f"{teacher}/v1", "--promote", "--registry", str(registry)]

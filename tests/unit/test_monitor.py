@@ -150,7 +150,7 @@ def test_steps_given_by_the_recipe_are_the_wanted_ones(tmp_path: Path) -> None:
 
 def test_a_line_of_the_log_is_what_the_trainer_writes() -> None:
     """Read off the source: importing the trainer takes torch."""
-    source = Path(run_metrics.__file__).parent / "training" / "trainer.py"
+    source = Path(run_metrics.__file__).parent / "training" / "record.py"
     row = next(n for n in ast.walk(ast.parse(source.read_text())) if isinstance(n, ast.ClassDef) and n.name == "LogRow")
     fields = {n.target.id for n in row.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     assert set(STEP) == fields

@@ -288,6 +288,22 @@ def test_the_census_accounts_for_every_triplet():
     assert [r.example_id for r in rows] == ["a"]
 
 
+def test_responses_that_the_cut_makes_equal_become_one_with_the_weights_and_counts_of_both():
+    given = [
+        triplet(chosen="w1 w2 w3", rejected="w9", chosen_weight=0.6),
+        triplet(chosen="w1 w2 w4", rejected="w9", chosen_weight=0.2),
+        triplet(chosen="w7", rejected="w1 w2 w5", chosen_weight=0.2),  # cut, it is what is chosen elsewhere
+        triplet(chosen="w7", rejected="w9", chosen_weight=0.2),
+    ]
+    said = samples_by_example([answer(0, "w1 w2 w3"), answer(1, "w1 w2 w4"), answer(2, "w8")])
+    (row,), census = packer(max_response_tokens=2).pack(group(given, said))
+    assert row.responses == ((5, 6), (11, tiny_models.EOS), (13, tiny_models.EOS), (12, tiny_models.EOS))
+    assert row.weights == (pytest.approx(0.8), pytest.approx(0.2), 0.0, 0.0)
+    assert row.counts == (2, 0, 0, 1)
+    assert row.pairs == ((0, 2), (1, 2))
+    assert (census.pairs, census.dropped["equal_after_cut"], census.triplets) == (2, 2, 4)
+
+
 def test_when_every_prompt_is_too_long_the_setting_is_named():
     with pytest.raises(TrainingError, match=r"train\.max_prompt_tokens=8"):
         packer(max_prompt_tokens=8).pack(group([triplet(prompt=" ".join(["w1"] * 20))]))
