@@ -182,7 +182,7 @@ def validator_for(
     collator: Collator,
     folder: Path,
     ledger: Ledger[ValidationRow] | None,
-    report: Callable[[dict[str, float]], None],
+    report: Callable[..., None],
 ) -> Validator | None:
     """What validates this student; None where the settings want none. Raises TrainingError where there is nothing to compare with."""
     settings, recipe = run.recipe.train, run.recipe

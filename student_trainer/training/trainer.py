@@ -160,8 +160,9 @@ class Resumable(Trainer):  # type: ignore[misc]
         self._on_row(LogRow.model_validate(row))
         self._show({name: value for name, value in row.items() if name not in ("step", "epoch")})
 
-    def report(self, values: dict[str, float]) -> None:
-        """Show more numbers of this step to `train.report_to`."""
+    def report(self, values: dict[str, float], *, seconds: float) -> None:
+        """Show more numbers of this step to `train.report_to`; `seconds`: what they took is no part of the step."""
+        self._step_began += seconds
         asked = self.control.should_log
         self._show(values)
         self.control.should_log = asked  # the step's own row is still to come

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,10 @@ class Validator(TrainerCallback):  # type: ignore[misc]
         *,
         every: float,
         patience: int | None,
-        report: Callable[[dict[str, float]], None],
+        report: Callable[..., None],
     ) -> None:
         """score: of all answers in the order of `prompts`; every: epochs; patience: validations without a better score; None: no end;
-        report: takes what is to be shown.
+        report: as `Resumable.report`.
         """
         self._answer, self._prompts, self._score = answer, prompts, score
         self._folder, self._ledger, self._every, self._patience = folder, ledger, every, patience
@@ -107,7 +108,7 @@ class Validator(TrainerCallback):  # type: ignore[misc]
             self._validate(state.global_step, self._epoch, control, process=args.process_index, processes=args.world_size)
 
     def _validate(self, step: int, epoch: float, control: Any, *, process: int, processes: int) -> None:
-        student = self._answer.student
+        begun, student = time.monotonic(), self._answer.student
         student.eval()
         mine = list(range(process, len(self._prompts), processes))
         answers = list(zip(mine, self._answer([self._prompts[i] for i in mine]), strict=True))
@@ -122,7 +123,7 @@ class Validator(TrainerCallback):  # type: ignore[misc]
         better, stop = broadcast_object_list([better, self._patience is not None and since >= self._patience])
         if better:
             keep_weights(student, self._folder)
-        self._report({"validation_rouge_l": row.rouge_l})
+        self._report({"validation_rouge_l": row.rouge_l}, seconds=time.monotonic() - begun)
         if self._ledger is not None:
             note = ", the best so far" if better else ""
             print(f"train: step {step}: validation ROUGE-L {100 * row.rouge_l:.1f} on {len(self._prompts)} rows{note}", flush=True)
