@@ -227,7 +227,7 @@ class OrpoTrainer(Resumable):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         size = self.args.train_batch_size * self.args.world_size
-        lengths = [row.length for row in self.train_dataset[:-1]]
+        lengths = [self.data_collator.size(row) for row in self.train_dataset[:-1]]
         whole = size * self.args.gradient_accumulation_steps
         return LengthGrouped(lengths, whole, self.args.seed, multiple_of=size if self.args.world_size > 1 else 1)
 

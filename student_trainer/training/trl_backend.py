@@ -150,7 +150,7 @@ class TrlTrainer(Resumable, ORPOTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         whole = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return LengthGrouped([pair.length for pair in self.train_dataset], whole, self.args.seed)
+        return LengthGrouped([(pair.length, 0) for pair in self.train_dataset], whole, self.args.seed)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> None:
         """Count what the step computes on. (TRL divides by no number of items.)"""

@@ -303,7 +303,7 @@ def measure_padding(meqsum: Path | None) -> dict[str, float]:
         packed, census = packer.pack(preferences)
         fixed = [replace(row, prompt=(*row.prompt, *[0] * (limits.max_prompt_tokens - len(row.prompt)))) for row in packed]
         collator = Collator(kind, pad_token_id=0, start_token_id=0)
-        by_length = list(LengthGrouped([row.length for row in packed], size, seed=0))
+        by_length = list(LengthGrouped([collator.size(row) for row in packed], size, seed=0))
         shuffled = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0)).tolist()
         ((real, least), (_, dynamic), (_, most)) = (
             all_cells(collator, *laid, size) for laid in ((packed, by_length), (packed, shuffled), (fixed, shuffled))

@@ -191,14 +191,42 @@ def test_killed_after_the_last_step_it_takes_the_weights_of_the_last_checkpoint_
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    lengths = list(range(40))
+    lengths = [(n, 40 - n) for n in range(40)]
     sampler = LengthGrouped(lengths, 4, seed=1)
     first, again = list(sampler), list(sampler)
     torch.rand(7)
     assert first == again == list(LengthGrouped(lengths, 4, seed=1))
     sampler.set_epoch(1)
     assert list(sampler) != first
-    assert sorted(sampler) == lengths
+    assert sorted(sampler) == list(range(40))
+
+
+def padding(sizes, order, batch_size):
+    """All cells over those that hold a token, of both rows together."""
+    batches = [[sizes[i] for i in order[k : k + batch_size]] for k in range(0, len(order), batch_size)]
+    cells = sum(len(batch) * sum(map(max, zip(*batch, strict=True))) for batch in batches)
+    return cells / sum(map(sum, sizes))
+
+
+def test_both_lengths_of_an_encoder_decoder_are_grouped_and_every_epoch_has_other_batches():
+    draw = torch.Generator().manual_seed(0)
+    sides = [torch.randint(low, high, (800,), generator=draw).tolist() for low, high in ((20, 200), (6, 60))]
+    sizes = list(zip(*sides, strict=True))
+    sampler = LengthGrouped(sizes, 8, seed=0)
+    order = list(sampler)
+    assert sorted(order) == list(range(800))
+    assert padding(sizes, order, 8) < 1.15 < 1.6 < padding(sizes, range(800), 8)
+    sampler.set_epoch(1)
+    again = list(sampler)
+    first, second = ({frozenset(o[k : k + 8]) for k in range(0, 800, 8)} for o in (order, again))
+    assert len(first & second) < 50  # of 100
+    for found in (order, again):  # memory that does not suffice shows at once
+        assert max(sum(sizes[i]) for i in found[:8]) == max(map(sum, sizes))
+
+
+def test_the_order_is_filled_up_with_blanks_for_several_processes():
+    assert list(LengthGrouped([(5, 1)] * 6, 4, seed=0, multiple_of=4))[6:] == [6, 6]
+    assert len(LengthGrouped([(5, 1)] * 8, 4, seed=0, multiple_of=4)) == 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
