@@ -326,6 +326,11 @@ class Stage:
         file = self.run.path / output.path
         return file.is_file() and file.stat().st_size == output.bytes
 
+    @property
+    def inputs(self) -> tuple[FileRef, ...]:
+        """What it reads, as it stands there now."""
+        return self._input_refs()
+
     def finish(self, outputs: Sequence[Path], *, settings: Mapping[str, Any], counts: Mapping[str, Any] | None = None) -> Manifest:
         """Write the manifest, last. `outputs`: files or folders below the run directory."""
         files: list[Path] = []

@@ -137,7 +137,7 @@ def answer_offline(
     """
     started = time.monotonic()
     # prompts of like length share a chunk: less padding
-    ordered = sorted(asks, key=lambda ask: (_prompt_chars(ask.request), ask.key(0)))
+    ordered = sorted(asks, key=lambda ask: (_prompt_chars(ask.request), ask.example_id))
     held = {_name(row) for row in ledger.rows()}
     wanted = sum(ask.request.n for ask in asks)
     todo = sum(len(_missing(ask, held)) for ask in asks)

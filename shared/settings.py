@@ -415,7 +415,6 @@ PROCEDURE = (
     "train.batch_size",
     "train.gradient_accumulation",
     "train.activation_checkpointing",
-    "train.fsdp",
     "train.checkpoint_minutes",
     "train.checkpoint_steps",
     "train.keep_checkpoints",

@@ -43,7 +43,7 @@ STEP_GAUGES = {
     "distill_training_learning_rate": ("learning_rate", "Learning rate of the last step."),
     "distill_training_tokens_per_second": ("tokens_per_s", "Tokens without padding by the seconds of the last step."),
 }
-"""Metric -> what it is called in a line of checkpoints/rN/log.jsonl (LogRow in training/trainer.py), and what it means."""
+"""Metric -> what it is called in a line of checkpoints/rN/log.jsonl (LogRow in training/record.py), and what it means."""
 METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "distill_stage_state": ("1 for the state a stage is in, 0 for the others.", ("run", "stage", "state")),
     "distill_stage_rows": ("Whole lines of a stage's JSON Lines files.", ("run", "stage")),

@@ -32,7 +32,7 @@ def log1mexp(x: Tensor) -> Tensor:
 def log_odds(mean_logps: Tensor) -> Tensor:
     """Log odds log(p / (1 - p)) of whole responses.
 
-    mean_logps: any shape, float32 or float64, natural log, <= 0: mean over the response's tokens. Source: Hong et al. 2024, eq. 5.
+    mean_logps: any shape, float32 or float64, natural log, <= 0: mean over the response's tokens. Source: Hong et al. 2024, section 4.
     """
     return mean_logps.clamp(max=_LARGEST_LOGP) - log1mexp(mean_logps)
 
@@ -145,7 +145,8 @@ def sequence_kl(sums: Tensor, shares: Tensor) -> Tensor:
     sums: (responses,) log-probability of each whole response; shares: (responses,) the share of a prompt's samples that said it, 0 for
     others. Summed over prompts. It is the NLL of the samples up to their entropy, which the student cannot change. Samples at temperature 1
     from the whole distribution (top_p 1) make its gradient an unbiased estimate of that of KL(teacher || student); its value is
-    biased upwards, as K samples have less entropy than the teacher. At another temperature the same holds for the tempered teacher.
+    biased upwards, as K samples have less entropy than the teacher. At another temperature the same holds for the tempered teacher. Answers
+    that met the token limit are left out before: the teacher is then the one that has finished within it.
     """
     said = shares > 0
     return (shares[said] * (shares[said].log() - sums[said])).sum()

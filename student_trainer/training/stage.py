@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from tensorboardX import SummaryWriter
-from transformers import TrainerCallback, set_seed
+from transformers import GenerationConfig, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as transformers_logging
 
-from shared.artifacts import Ledger, Run, new_directory, read_json, read_jsonl, sha256_file, write_json
+from shared.artifacts import Ledger, Run, canonical, new_directory, read_json, read_jsonl, sha256_bytes, write_json
 from shared.contracts import Response, Triplet
 from shared.datasets.stage import prepare
 from shared.errors import TrainingError
@@ -66,7 +66,8 @@ def train(run: Run, number: int) -> None:
         if is_first():
             stage = checkpoint_stage(run, number)
             step = settings.batch_size * settings.gradient_accumulation * args.world_size
-            ledgers = Ledgers.open(files, folder, {"triplets_sha256": sha256_file(file), "prompts_a_step": step})
+            digest = sha256_bytes(canonical([ref.model_dump() for ref in stage.inputs]))
+            ledgers = Ledgers.open(files, folder, {"inputs_sha256": digest, "prompts_a_step": step})
             print(f"train: loading {recipe.student.model}", flush=True)
         first_does(lambda: None)  # the others read no checkpoint that is about to go
         bf16 = uses_bf16(settings, args.device)
@@ -240,9 +241,16 @@ def refuse_without_gpu() -> None:
 
 
 def forget_other_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """Remove what was trained on other triplets or with other steps, and what a killed process left half done."""
+    """Remove what was trained on other inputs or with other steps, and what a killed process left half done."""
     note = folder / "inputs.json"
-    if not note.exists() or read_json(note) != inputs:
+    before = read_json(note) if note.exists() else None
+    found = checkpoints(folder)
+    if before != inputs or not (found or (folder / BEST).exists()):
+        if found and before:
+            changed = ", ".join(
+                f"{name} is {inputs[name]} and was {before.get(name)}" for name in inputs if inputs[name] != before.get(name)
+            )
+            print(f"train: beginning anew, {found[-1].name} is of no use: {changed}", flush=True)
         clear(folder)
         for ledger in ("log.jsonl", "validation.jsonl"):
             (folder / ledger).unlink(missing_ok=True)
@@ -291,6 +299,12 @@ def save(student: Student, tokenizer: Any, folder: Path) -> list[Path]:
         with new_directory(folder / ADAPTER) as temporary:
             student.adapted.save_pretrained(temporary)
     with new_directory(folder / "student") as temporary:
-        student.merged().save_pretrained(temporary)
+        merged = student.merged()
+        # what the base model's own adds, penalties for one, was neither trained with nor will it be evaluated or served
+        start = merged.config.decoder_start_token_id if student.kind == "encoder-decoder" else None
+        merged.generation_config = GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_token(tokenizer), decoder_start_token_id=start
+        )
+        merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return made

@@ -158,10 +158,15 @@ def turn_dropout_off(model: nn.Module) -> None:
 
 
 def blocks(student: Student) -> list[nn.ModuleList]:
-    """The stacks of blocks, lowest first: encoder and decoder, or the one stack of a decoder-only model."""
+    """The stacks of blocks, lowest first: encoder and decoder, or the one stack of a decoder-only model. Raises TrainingError."""
     if student.kind == "encoder-decoder":
         return [student.model.encoder.block, student.model.decoder.block]
-    return [student.model.get_decoder().layers]
+    decoder = student.model.get_decoder()
+    if not hasattr(decoder, "layers"):
+        raise TrainingError(
+            f"train.frozen_layers: the blocks of a {student.model.config.model_type} model are not where those of Llama are; set it to 0"
+        )
+    return [decoder.layers]
 
 
 def freeze_lowest(student: Student, layers: int) -> None:
@@ -190,11 +195,11 @@ def adapt(student: Student, rank: int, adapter: Path | None = None) -> None:
         student.adapted = PeftModel.from_pretrained(student.model, adapter, is_trainable=True)
         return
 
-    frozen = [m for stack in blocks(student) for block in stack for m in block.modules() if not _trainable(m)]
+    head = student.model.get_output_embeddings()
     linear = [
         name
         for name, module in student.model.named_modules()
-        if isinstance(module, nn.Linear) and module is not student.model.get_output_embeddings() and not any(module is m for m in frozen)
+        if isinstance(module, nn.Linear) and module is not head and _trainable(module)
     ]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=linear)
     student.adapted = get_peft_model(student.model, config)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -46,8 +46,10 @@ def arguments(
 ) -> TrainingArguments:
     """What `Trainer` must know of our settings. One device a process; `checkpoint-N` folders go to `output`.
 
-    make: called with all of it; another trainer's arguments are a subclass.
+    Raises TrainingError for shards in a single process. make: called with all of it; another trainer's arguments are a subclass.
     """
+    if settings.fsdp and not several():
+        raise TrainingError("train.fsdp shards weights over several processes: start them with torchrun, or leave it out")
     args = make(
         output_dir=str(output),
         num_train_epochs=settings.epochs,
@@ -91,7 +93,12 @@ def sums_of(found: Terms) -> Tensor:
     of_terms = [getattr(found, name).detach() for name in TERMS]
     preferred = (found.chosen > found.rejected).sum()
     rest = [torch.tensor(len(found.chosen)), preferred, found.chosen.sum(), found.rejected.sum()]
-    return torch.stack([value.to(of_terms[0].device, torch.float64) for value in (*of_terms, *rest)])
+    return torch.stack([value.to(sums_device(of_terms[0].device), torch.float64) for value in (*of_terms, *rest)])
+
+
+def sums_device(device: torch.device) -> torch.device:
+    """Where float64 is: Apple's GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 class Resumable(Trainer):  # type: ignore[misc]
@@ -102,6 +109,9 @@ class Resumable(Trainer):  # type: ignore[misc]
     def __init__(self, student: Student, *, on_row: Callable[[LogRow], None], **options: Any) -> None:
         """on_row: called with every step's row, before the step's checkpoint is written; options: of the `Trainer` this is mixed into."""
         super().__init__(**options)
+        if self.args.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
+            # accelerate would keep a whole copy in each without a word
+            raise TrainingError("train.fsdp: weights are sharded over GPUs only, and these processes have none; leave it out (DDP)")
         self.remove_callback(PrinterCallback)
         self.student, self._on_row, self._step_began = student, on_row, time.monotonic()
         self._writing_to = Path(self.args.output_dir or ".")
@@ -115,9 +125,9 @@ class Resumable(Trainer):  # type: ignore[misc]
                 self.train()
                 return
             state = read_json(found[-1] / "trainer_state.json")
-            if state["global_step"] < state["max_steps"]:
+            if not state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
                 self.train(resume_from_checkpoint=str(found[-1]))
-            else:  # killed between the last step and the end of the stage
+            else:  # killed between the last step, or an early stop, and the end of the stage
                 self._load_from_checkpoint(str(found[-1]))
         except torch.OutOfMemoryError as exc:
             raise TrainingError(self.out_of_memory.format(step=self.state.global_step + 1)) from exc
@@ -128,7 +138,7 @@ class Resumable(Trainer):  # type: ignore[misc]
 
     def _over_all_processes(self, rows: list[dict[str, float]]) -> dict[str, float]:
         """Each number summed over `rows` and over the processes."""
-        sums = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64, device=self.args.device).sum(0)
+        sums = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64, device=sums_device(self.args.device)).sum(0)
         return dict(zip(rows[0], self.accelerator.reduce(sums, "sum").tolist(), strict=True))
 
     def _refuse_unless_finite(self, loss: Tensor, example_ids: Sequence[str]) -> None:
@@ -233,7 +243,7 @@ class OrpoTrainer(Resumable):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> None:
         """Count the denominators of the whole optimizer step, over all processes."""
-        self._step_began, self._sums = time.monotonic(), torch.zeros(len(SUMS), dtype=torch.float64, device=self.args.device)
+        self._step_began, self._sums = time.monotonic(), torch.zeros(len(SUMS), dtype=torch.float64, device=sums_device(self.args.device))
         self._tokens, self._cells = map(sum, zip(*(batch["cells"] for batch in batch_samples), strict=True))
         self._counts = Counts(**self._over_all_processes([asdict(batch["denominators"]) for batch in batch_samples]))
 
@@ -285,7 +295,7 @@ def whole_weights(student: Student) -> dict[str, Tensor]:
 def load_weights(student: Student, file: Path) -> None:
     """Put trained weights back in their places. Raises TrainingError for those of another student."""
     saved, trained = load_file(file), student.trained()
-    if saved.keys() != trained.keys():
+    if {name: w.shape for name, w in saved.items()} != {name: w.shape for name, w in trained.items()}:
         raise TrainingError(f"{file.parent} holds other weights than this student trains; remove it to begin anew")
     with torch.no_grad():
         for name, parameter in trained.items():

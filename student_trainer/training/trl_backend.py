@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
 from shared.settings import TrainSettings
-from student_trainer.training.collate import LengthGrouped
+from student_trainer.training.collate import Collator, LengthGrouped
 from student_trainer.training.packing import Kind, Packed
 from student_trainer.training.record import LogRow
 from student_trainer.training.student import Student
@@ -89,6 +89,7 @@ class PairCollator:
 
     def __init__(self, kind: Kind, *, pad_token_id: int) -> None:
         self._kind = kind
+        self.size = Collator(kind, pad_token_id=pad_token_id).size  # the order of the rows is the packed trainer's
         self._pad = DPODataCollatorWithPadding(pad_token_id=pad_token_id, is_encoder_decoder=kind == "encoder-decoder")
 
     def __call__(self, pairs: Sequence[Packed]) -> dict[str, Any]:
@@ -150,7 +151,7 @@ class TrlTrainer(Resumable, ORPOTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         whole = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return LengthGrouped([(pair.length, 0) for pair in self.train_dataset], whole, self.args.seed)
+        return LengthGrouped([self.data_collator.size(pair) for pair in self.train_dataset], whole, self.args.seed)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> None:
         """Count what the step computes on. (TRL divides by no number of items.)"""

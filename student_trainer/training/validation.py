@@ -110,12 +110,13 @@ class Validator(TrainerCallback):  # type: ignore[misc]
     def _validate(self, step: int, epoch: float, control: Any, *, process: int, processes: int) -> None:
         begun, student = time.monotonic(), self._answer.student
         student.eval()
-        mine = list(range(process, len(self._prompts), processes))
+        # as many for each process, for under FSDP all of them work on every batch; what is answered twice is answered alike
+        mine = [i % len(self._prompts) for i in range(process, -(-len(self._prompts) // processes) * processes, processes)]
         answers = list(zip(mine, self._answer([self._prompts[i] for i in mine]), strict=True))
         if processes > 1:
             answers = gather_object(answers)
         student.train()
-        row = ValidationRow(step=step, epoch=epoch, rouge_l=self._score([text for _, text in sorted(answers)]))
+        row = ValidationRow(step=step, epoch=epoch, rouge_l=self._score([text for _, text in sorted(dict(answers).items())]))
         earlier = [r for r in self._rows if r.step < step]
         better = all(row.rouge_l > r.rouge_l for r in earlier)
         best = step if better else max(earlier, key=lambda r: (r.rouge_l, -r.step)).step

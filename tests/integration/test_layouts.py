@@ -1,4 +1,4 @@
-"""The same training on any layout: one process, micro-batches, several processes, shards. Real processes by torchrun, on the CPU (gloo)."""
+"""The same training on any layout: one process, micro-batches, several processes. Real processes by torchrun, on the CPU (gloo)."""
 
 from __future__ import annotations
 
@@ -86,26 +86,33 @@ def test_two_processes_that_are_killed_go_on_from_their_checkpoint_in_one(tmp_pa
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
 
 
-def test_shards_train_as_one_process_and_go_on_where_they_were_killed(tmp_path):
-    """FSDP2: each of two processes keeps half of every weight."""
+def test_shards_are_refused_where_there_is_no_gpu_instead_of_being_copies_and_in_a_single_process(tmp_path, capsys):
+    arguments = run_with(tmp_path / "run", folder(tmp_path / "model"), triplets(), fsdp=True)
+    assert main(arguments) == 12
+    assert "train.fsdp shards weights over several processes: start them with torchrun" in capsys.readouterr().err
+    arguments = run_with(tmp_path / "two", tmp_path / "model", triplets(), fsdp=True)
+    done = subprocess.run(torchrun(arguments, 2), env=environment(), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "train.fsdp: weights are sharded over GPUs only, and these processes have none; leave it out" in done.stderr
+
+
+def test_fewer_validation_rows_than_processes_are_scored_as_in_one(tmp_path):
     model, rows = folder(tmp_path / "model"), triplets(count=16)
-    given = {**STEPS, "epochs": 10, "validate_every": 5.0, "validation_rows": 3}
+    given = {**STEPS, "epochs": 1, "validate_every": 1.0, "validation_rows": 1}
     assert main(run_with(tmp_path / "one", model, rows, **given)) == 0
-    sharded = run_with(tmp_path / "shards", model, rows, **{**given, "batch_size": 4, "fsdp": True})
-    kill_at_its_first_checkpoint(sharded, tmp_path / "shards")
-    done = subprocess.run(torchrun(sharded, 2), env=environment(), capture_output=True, text=True)
+    two = run_with(tmp_path / "two", model, rows, **{**given, "batch_size": 4})
+    done = subprocess.run(torchrun(two, 2), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "shards") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-    found, expected = weights(tmp_path / "shards"), weights(tmp_path / "one")
-    assert {name: weight.shape for name, weight in found.items()} == {name: weight.shape for name, weight in expected.items()}
-    assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-3
+    ledgers = [(checkpoint(tmp_path / name) / "validation.jsonl").read_text() for name in ("one", "two")]
+    assert ledgers[0] == ledgers[1]
 
 
-def test_another_number_of_prompts_a_step_begins_the_round_anew(tmp_path):
+def test_another_number_of_prompts_a_step_begins_the_round_anew_and_says_so(tmp_path, capsys):
     model, rows = folder(tmp_path / "model"), triplets(count=16)
     given = {**STEPS, "epochs": 20}
     arguments = run_with(tmp_path / "run", model, rows, **given)
     kill_at_its_first_checkpoint(arguments, tmp_path / "run")  # 8 prompts on each of two processes
     assert main(arguments) == 0
+    assert "is of no use: prompts_a_step is 8 and was 16" in capsys.readouterr().out
     assert main(run_with(tmp_path / "one", model, rows, **given)) == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "one")

@@ -16,10 +16,13 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 from trained import answered_run, checkpoint, folder
+from transformers import TrainerControl, TrainerState
 
-from shared.artifacts import read_jsonl
+from shared.artifacts import Run, read_jsonl, write_jsonl
 from shared.cli import main
-from shared.contracts import Triplet
+from shared.contracts import Response, Triplet
+from shared.settings import Recipe, load_settings
+from student_trainer.training import stage as training
 from student_trainer.training.trainer import checkpoints
 
 
@@ -101,17 +104,12 @@ def test_with_lora_a_second_round_goes_on_with_the_first_ones_adapter_over_the_i
     assert trained["model.embed_tokens.weight"].equal(initial["model.embed_tokens.weight"])
 
 
+EARLY = {"epochs": 50, "validate_every": 1.0, "patience": 2, "learning_rate": 0.02, "scheduler": "constant", "warmup_fraction": 0.0}
+
+
 def test_the_best_validated_student_is_taken_and_training_ends_when_it_gets_no_better(tmp_path, capsys):
-    run = tmp_path / "run"
-    given = {
-        "epochs": 50,
-        "validate_every": 1.0,
-        "patience": 2,
-        "learning_rate": 0.02,
-        "checkpoint_steps": None,
-        "report_to": ["tensorboard"],
-    }
-    assert main(answered_run(run, folder(tmp_path / "model"), train=given)) == 0
+    run, model = tmp_path / "run", folder(tmp_path / "model")
+    assert main(answered_run(run, model, train={**EARLY, "checkpoint_steps": None, "report_to": ["tensorboard"]})) == 0
     rows = [json.loads(line) for line in (checkpoint(run) / "validation.jsonl").read_text().splitlines()]
     best = max(rows, key=lambda row: (row["rouge_l"], -row["step"]))
     assert manifest(run, "checkpoints/r0")["counts"]["best_validation"] == best
@@ -120,6 +118,59 @@ def test_the_best_validated_student_is_taken_and_training_ends_when_it_gets_no_b
     assert "the best so far" in capsys.readouterr().out
     assert not (checkpoint(run) / "best").exists()
     assert list((checkpoint(run) / "tensorboard").glob("events.out.tfevents.*"))
+
+    until_then, further = tmp_path / "until-then", tmp_path / "further"
+    assert main(answered_run(until_then, model, train={**EARLY, "validate_every": 0, "max_steps": best["step"]})) == 0
+    assert main(answered_run(further, model, train={**EARLY, "validate_every": 0, "max_steps": rows[-1]["step"]})) == 0
+    taken = weights(run, 0)
+    assert all(weight.equal(taken[name]) for name, weight in weights(until_then, 0).items())
+    assert not all(weight.equal(taken[name]) for name, weight in weights(further, 0).items())
+
+
+def test_killed_after_an_early_stop_it_trains_no_further(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    arguments = answered_run(run, folder(tmp_path / "model"), train={**EARLY, "checkpoint_steps": 1})
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*anything):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "save", kill)
+        with pytest.raises(Killed):
+            main(arguments)
+    before = (checkpoint(run) / "validation.jsonl").read_text()
+    assert main(arguments) == 0
+    assert (checkpoint(run) / "validation.jsonl").read_text() == before
+
+
+def test_other_answers_of_the_teacher_begin_a_round_anew_where_they_are_learned_from(tmp_path):
+    run, model = tmp_path / "run", folder(tmp_path / "model")
+    arguments = answered_run(run, model, train={"kl_teacher_sequence": 0.5, "epochs": 30})
+    killed_when(lambda: bool(checkpoints(checkpoint(run))), arguments)
+    before = (checkpoint(run) / "log.jsonl").read_text().splitlines()
+    stage = Run.open(run, load_settings(Recipe, flags={}, yaml_file=run.with_suffix(".yaml"))).stage("responses/teacher", ["dataset"])
+    rows = read_jsonl(stage.path / "responses.jsonl", Response)
+    write_jsonl(stage.path / "responses.jsonl", [row.model_copy(update={"text": f"{row.text} w7"}) for row in rows])
+    stage.finish([stage.path / "responses.jsonl"], settings={})
+    assert main(arguments) == 0
+    assert (checkpoint(run) / "log.jsonl").read_text().splitlines()[0] != before[0]
+
+
+def test_checkpoints_come_by_the_clock_and_the_oldest_go(tmp_path):
+    state, control = TrainerState(), TrainerControl()
+    for number in (1, 2, 10):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    callback = training.Checkpointing(tmp_path, every_s=0.0, keep=2)
+    callback.on_save(None, state, control)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    callback.on_step_end(None, state, control)
+    assert control.should_save
+    later = TrainerControl()
+    training.Checkpointing(tmp_path, every_s=60.0, keep=2).on_step_end(None, state, later)
+    assert not later.should_save
 
 
 def test_validation_without_references_is_refused_by_the_name_of_its_setting(tmp_path, capsys):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from student_trainer.training.collate import Collator
 from student_trainer.training.losses import (
     Counts,
+    Terms,
     Weights,
     log1mexp,
     log_odds,
@@ -125,6 +126,15 @@ def test_kl_to_the_reference_counts_chosen_tokens_by_their_weight():
     found = terms(GIVEN, batch(), Weights(kl_reference=1.0), reference=other)
     one = sum(p * math.log(p / q) for p, q in zip(HALF, FIFTH, strict=True))
     assert found.kl_reference.item() == pytest.approx(one + 0.5 * one)  # the rejected token, though different, counts nothing
+
+
+def test_each_kl_term_is_in_the_loss_by_its_weight_and_its_own_denominator():
+    zero = torch.zeros((), dtype=torch.float64)
+    kl = {"kl_reference": zero + 3, "kl_teacher_sequence": zero + 5, "kl_teacher_token": zero + 7}
+    found = Terms(nll=zero, odds_ratio=zero, chosen=zero, rejected=zero, **kl)
+    weights = Weights(orpo_lambda=0.0, kl_reference=0.1, kl_teacher_sequence=0.2, kl_teacher_token=0.3)
+    expected = 0.1 * 3 / 6 + 0.2 * 5 / 2 + 0.3 * 7 / 2
+    assert found.loss(weights, Counts(chosen_tokens=6, pairs=0, prompts=2)).item() == pytest.approx(expected)
 
 
 def test_kl_to_the_samples_is_their_nll_less_their_entropy_and_zero_when_the_student_says_just_that():

@@ -15,7 +15,7 @@ from shared.settings import TrainSettings
 from student_trainer.training.collate import LengthGrouped
 from student_trainer.training.losses import Weights
 from student_trainer.training.student import adapt, freeze_lowest, load, native_bf16
-from student_trainer.training.trainer import OrpoTrainer, arguments, checkpoints, remove_checkpoint
+from student_trainer.training.trainer import WEIGHTS, OrpoTrainer, arguments, checkpoints, load_weights, remove_checkpoint
 
 
 def trainer(model, rows, folder, **settings):
@@ -175,9 +175,11 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing(tmp_path):
 
 def test_a_checkpoint_of_another_student_is_refused(tmp_path):
     trainer(student("decoder-only").float(), examples(4), tmp_path, batch_size=2, max_steps=2)[0].go_on()
-    other = student("decoder-only", layers=3).float()
-    with pytest.raises(TrainingError, match="holds other weights than this student trains; remove it to begin anew"):
-        trainer(other, examples(4), tmp_path, batch_size=2, max_steps=4)[0].go_on()
+    deeper, wider = student("decoder-only", layers=3).float(), student("decoder-only").float()
+    wider.model.model.norm.weight = torch.nn.Parameter(torch.ones(33))
+    for other in (deeper, wider):
+        with pytest.raises(TrainingError, match="holds other weights than this student trains; remove it to begin anew"):
+            load_weights(other, tmp_path / "checkpoint-2" / WEIGHTS)
 
 
 def test_killed_after_the_last_step_it_takes_the_weights_of_the_last_checkpoint_and_trains_no_further(tmp_path):
