@@ -72,6 +72,7 @@ def arguments(
         seed=seed,
         dataloader_pin_memory=False,
         use_cpu=several() and not torch.cuda.is_available(),  # else it would not see the other processes
+        ddp_find_unused_parameters=False,  # every trained weight takes part in every loss, a blank's too
         ddp_timeout=int(PATIENCE.total_seconds()),
         fsdp=settings.fsdp or None,
         fsdp_config={"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
