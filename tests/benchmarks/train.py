@@ -21,10 +21,10 @@ is fastest for it. Prints tables; the last line is one JSON object, null where n
 ours over SFT's. A missed target is told, not an error. It runs on Linux: it reads /proc.
 
 Expected (`MEASURES`), from measurements of a prototype, and for decoder-only models from a first count of their FLOPs: flan-t5-base, 8
-prompts, one rejected: TRL 1,662 GFLOP, packed 1.79x fewer and 1.12x of SFT; three rejected: 4.43x fewer and 1.36x of SFT; flan-t5-small on 2
-cores: 4.18 s against 2.27 s (SFT 2.02 s), 1,504 MiB against 818; padding 4.60 at fixed 512, 1.96 shuffled, 1.04 by length. Wall clock should
-follow the FLOPs where none was measured. Decoder-only: 332 positions against 182, and 996 against 214, hence 1.8 and 4.7; more in FLOPs, as
-TRL's head runs on every position and ours on those that predict a response.
+prompts, one rejected: TRL 1,662 GFLOP, packed 1.79x fewer and 1.12x of SFT; three rejected: 4.43x fewer and 1.36x of SFT; flan-t5-small
+on 2 cores: 4.18 s against 2.27 s (SFT 2.02 s), 1,504 MiB against 818; padding 4.60 at fixed 512, 1.96 shuffled, 1.04 by length. Wall
+clock should follow the FLOPs where none was measured. Decoder-only: 332 positions against 182, and 996 against 214, hence 1.8 and 4.7;
+more in FLOPs, as TRL's head runs on every position and ours on those that predict a response.
 """
 
 from __future__ import annotations
