@@ -23,7 +23,7 @@ PROMPT, PADDING = 0, -1
 """Segments of a row; the responses are segments 1, 2, ..."""
 WINDOW, GROUP, BLUR = 100, 3, 0.03
 """Of `LengthGrouped`: batches of a window and of a group in it, and by what part of itself a length is blurred. T5's padding on MeQSum is
-1.09 with these (tests/benchmarks/train.py), and was 1.19 when one sum of both lengths was sorted by."""
+1.08 with these (tests/benchmarks/train.py), and was 1.19 when one sum of both lengths was sorted by."""
 
 
 class Collator:

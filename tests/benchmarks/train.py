@@ -1,6 +1,6 @@
 """What packing saves: a training step of ours beside TRL's on the same prompts, and beside plain SFT on the chosen alone, in one run.
 
-    python tests/benchmarks/train.py                        # eight minutes
+    python tests/benchmarks/train.py                        # five minutes
     python tests/benchmarks/train.py --quick                # within a minute on idle cores: of the wall clock only T5's, and roughly
     python tests/benchmarks/train.py --meqsum meqsum.xlsx   # padding on MeQSum's own lengths instead of the embedded sample's
     python tests/benchmarks/train.py --device cuda          # prompts/s and memory on a GPU, and nothing else
