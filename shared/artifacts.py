@@ -311,7 +311,7 @@ class Stage:
     """
 
     def __init__(self, run: Run, name: str, inputs: tuple[str, ...]) -> None:
-        self.run, self.name, self._inputs = run, name, inputs
+        self.run, self.name, self._reads = run, name, inputs
         self.path = run.path / name
         self._started, self._started_at = time.monotonic(), now()
         _lock(run.path / ".locks" / name.replace("/", "-"), f"the stage {name} of {run.path}")
@@ -320,16 +320,11 @@ class Stage:
     def complete(self) -> bool:
         """Whether this stage has finished on exactly the inputs that stand there now."""
         manifest = self.run.manifest(self.name)
-        return manifest is not None and manifest.inputs == self._input_refs() and all(self._stands(output) for output in manifest.outputs)
+        return manifest is not None and manifest.inputs == self.inputs and all(self._stands(output) for output in manifest.outputs)
 
     def _stands(self, output: FileRef) -> bool:
         file = self.run.path / output.path
         return file.is_file() and file.stat().st_size == output.bytes
-
-    @property
-    def inputs(self) -> tuple[FileRef, ...]:
-        """What it reads, as it stands there now."""
-        return self._input_refs()
 
     def finish(self, outputs: Sequence[Path], *, settings: Mapping[str, Any], counts: Mapping[str, Any] | None = None) -> Manifest:
         """Write the manifest, last. `outputs`: files or folders below the run directory."""
@@ -340,7 +335,7 @@ class Stage:
             files += inside if output.is_dir() else [output]
         manifest = Manifest(
             stage=self.name,
-            inputs=self._input_refs(),
+            inputs=self.inputs,
             outputs=tuple(self._ref(f) for f in files),
             settings=dict(settings),
             counts=dict(counts or {}),
@@ -354,10 +349,11 @@ class Stage:
     def _ref(self, file: Path) -> FileRef:
         return FileRef(path=str(file.relative_to(self.run.path)), sha256=sha256_file(file), bytes=file.stat().st_size)
 
-    def _input_refs(self) -> tuple[FileRef, ...]:
+    @property
+    def inputs(self) -> tuple[FileRef, ...]:
         """The recorded outputs of every input stage (their hashes chain, so a model traces back to every answer)."""
         refs: list[FileRef] = []
-        for name in self._inputs:
+        for name in self._reads:
             manifest = self.run.manifest(name)
             refs += manifest.outputs if manifest else ()
         return tuple(refs)
