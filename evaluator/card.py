@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from evaluator.scores import METRICS, Scored
+from evaluator.metrics.table import MAIN, METRICS
+from evaluator.scores import Scored
 from evaluator.systems import DISTILLED
 from shared.errors import DataError
 
 SECTION = "## Scores"
 """What `distill export` says of scores until there are any stands under this line (student_trainer/card.py)."""
-NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu": "BLEU"}
 METADATA = re.compile(r"---\n(.*?\n)?---\n", re.DOTALL)
 
 
@@ -47,11 +47,11 @@ def _read(metadata: str) -> dict[str, Any]:
 
 def _result(scored: Scored, task: str, dataset: str) -> dict[str, Any]:
     """The Hub's form of a result: scores in [0, 1], as everywhere in a run."""
-    values = scored.summary()
+    values = scored.values()
     return {
         "task": {"type": task},
         "dataset": {"type": dataset, "name": dataset, "split": "test", "args": {"rows": len(scored.ids)}},
-        "metrics": [{"type": metric, "name": NAMES[metric], "value": values[metric]} for metric in METRICS],
+        "metrics": [{"type": metric, "name": METRICS[metric].label, "value": values[metric]} for metric in MAIN],
     }
 
 
@@ -66,9 +66,10 @@ def _around_section(text: str) -> tuple[str, str]:
 
 def _table(scored: Mapping[str, Scored]) -> str:
     rows = len(scored[DISTILLED].ids)
-    lines = [f"| system | {' | '.join(NAMES[metric] for metric in METRICS)} | words |", f"|---|{'---:|' * (len(METRICS) + 1)}"]
-    for name, values in ((name, found.summary()) for name, found in scored.items()):
+    lines = [f"| system | {' | '.join(METRICS[metric].label for metric in MAIN)} | words |", f"|---|{'---:|' * (len(MAIN) + 1)}"]
+    for name, found in scored.items():
+        values = found.values()
         shown = f"**{name}**" if name == DISTILLED else name
-        points = " | ".join(f"{100 * values[metric]:.1f}" for metric in METRICS)
-        lines.append(f"| {shown} | {points} | {values['mean_words']:.1f} |")
+        points = " | ".join(f"{100 * values[metric]:.1f}" for metric in MAIN)
+        lines.append(f"| {shown} | {points} | {found.mean_words:.1f} |")
     return f"Greedy answers to {rows} test rows, points of 100; this model is `{DISTILLED}`.\n\n" + "\n".join(lines)

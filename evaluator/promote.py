@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.commands import open_run, stage_parser
-from shared.errors import DataError, PromotionRefused, SettingsError, StageOrder
+from shared.errors import DataError, PromotionRefused, StageOrder, StorageError
 
 if TYPE_CHECKING:
-    from evaluator.significance import Comparison
     from shared.artifacts import Run
     from shared.registry import Promoted
-    from shared.settings import PromoteSettings
 
 
 def main(argv: list[str]) -> int:
@@ -31,32 +29,39 @@ def promote(run: Run, registry: Path) -> Promoted:
     that was evaluated, SettingsError for an unknown baseline, StorageError. Unless it returns, what is served stays served.
     """
     from evaluator.card import with_scores
-    from evaluator.scores import METRICS, compare
-    from evaluator.stage import scores_of
-    from evaluator.systems import DISTILLED, SYSTEMS
+    from evaluator.gate import decide, in_numbers
+    from evaluator.metrics.table import MAIN
+    from evaluator.stage import is_complete, scores_of
+    from evaluator.systems import DISTILLED, refuse_unknown_baseline
     from shared import registry as store
     from shared.datasets.stage import prepare
 
-    rule, bootstrap = run.recipe.promote, run.recipe.evaluate
-    if rule.baseline not in SYSTEMS or rule.baseline == DISTILLED:
-        others = ", ".join(name for name in SYSTEMS if name != DISTILLED)
-        raise SettingsError(f"promote.baseline: {rule.baseline!r} is no system to compare with; choose one of {others}")
-    if not run.stage("evaluation", ["dataset", "model"]).complete:
+    rule, stage = run.recipe.promote, run.stage("evaluation", ["dataset", "model"])
+    if not stage.complete:
         raise StageOrder(f"{run.path} has no evaluation of its present model: run `distill evaluate` first")
-    _check_unchanged(run, "evaluation", "evaluation/predictions.jsonl")
-    _check_unchanged(run, "model", "model/serving/")
+    for name, prefix in (("dataset", "dataset/test.jsonl"), ("evaluation", "evaluation/"), ("model", "model/serving/")):
+        _check_unchanged(run, name, prefix)
     scored = scores_of(run, prepare(run)["test"])
-    comparison = compare(
-        scored[DISTILLED], scored[rule.baseline], rule.metric, margin=rule.margin, resamples=bootstrap.resamples, seed=bootstrap.seed
-    )
-    scores = {metric: scored[DISTILLED].value(metric) for metric in METRICS}
+    refuse_unknown_baseline(run.recipe, list(scored))
+    if not is_complete(stage):  # another rule: the report must not tell of the old one
+        raise StageOrder(
+            f"{run.path} was evaluated with other settings (evaluate, promote): run `distill evaluate` again; what was answered is kept"
+        )
+    decision = decide(scored, run.recipe)
+    scores = {metric: scored[DISTILLED].value(metric) for metric in MAIN}
     origin = str(run.path.resolve())
-    if reason := refusal(comparison, rule):
-        store.record_refusal(registry, reason=reason, run=origin, scores=scores)
-        raise PromotionRefused(f"not promoted: {reason}; what was served stays served")
+    if not decision.passed:
+        reason = "; ".join(decision.failed)
+        refused = f"not promoted: {reason}; what was served stays served"
+        try:
+            store.record_refusal(registry, reason=reason, run=origin, scores=scores)
+        except StorageError as exc:
+            raise PromotionRefused(f"{refused} (the registry could not note it: {exc})") from exc
+        raise PromotionRefused(refused)
     before = store.current(registry)
-    verdict, dataset = in_numbers(comparison, rule), run.recipe.dataset
+    verdict, dataset = in_numbers(decision.comparison, rule), run.recipe.dataset
     card = with_scores(_card(run), scored, name=run.recipe.name, dataset=dataset.hub or dataset.name, verdict=verdict)
+    kept = [run.path / "evaluation" / name for name in ("predictions.jsonl", "systems.json", "report.json", "report.html", "report.md")]
     promoted = store.promote(
         registry,
         run.path / "model" / "serving",
@@ -64,8 +69,9 @@ def promote(run: Run, registry: Path) -> Promoted:
         task=run.recipe.task.model_dump(mode="json"),
         scores=scores,
         run=origin,
-        reason=verdict,
-        attachments=[("README.md", card), *sorted((run.path / "evaluation").glob("report.*"))],
+        reason="; ".join(decision.met),
+        # with the test rows, so that versions can be compared when their runs have gone
+        attachments=[("README.md", card), run.path / "dataset" / "test.jsonl", *kept],
     )
     if promoted == before:
         print(f"promote: version {promoted.version} is served already, nothing to do")
@@ -81,32 +87,6 @@ def _card(run: Run) -> str:
         return file.read_text(encoding="utf-8") if file.is_file() else ""
     except UnicodeDecodeError as exc:
         raise DataError(f"{file}: not UTF-8: {exc.reason}; save it as UTF-8") from exc
-
-
-def refusal(comparison: Comparison, rule: PromoteSettings) -> str | None:
-    """Why a comparison is not enough under a rule, in numbers; None if it is."""
-    if comparison.p is None:
-        return f"{in_numbers(comparison, rule)}: {comparison.note}"
-    if comparison.gain <= rule.margin:
-        return f"{in_numbers(comparison, rule)}: the gain is not above {_points(rule.margin)}"
-    if comparison.p >= rule.alpha:
-        return f"{in_numbers(comparison, rule)}: p is not below {rule.alpha:g}, so the gain may be chance"
-    return None
-
-
-def in_numbers(comparison: Comparison, rule: PromoteSettings) -> str:
-    """A comparison in one phrase, in points of 100."""
-    doubt = (
-        "no interval"
-        if comparison.low is None or comparison.high is None or comparison.p is None
-        else f"95% interval {100 * comparison.low:+.1f} to {100 * comparison.high:+.1f}, p = {comparison.p:.4f}"
-    )
-    above = f" above a margin of {_points(rule.margin)}" if rule.margin else ""
-    return f"{rule.metric} {100 * comparison.gain:+.1f} points over {rule.baseline} on {comparison.rows} test rows ({doubt}{above})"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:g} points"
 
 
 def _check_unchanged(run: Run, stage: str, prefix: str) -> None:

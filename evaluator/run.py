@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         raise SettingsError("--registry says where to promote to: give --promote as well, or leave it out")
     run = open_run(arguments)
 
-    from evaluator.stage import score_again
+    from evaluator.stage import is_complete, score_again
     from shared.registry import current, stays_rolled_back
 
     stage = run.stage("evaluation", ["dataset", "model"])
@@ -34,10 +34,10 @@ def main(argv: list[str]) -> int:
     if arguments.promote:
         current(registry)  # a folder that is no registry is refused before the work is done
     # asked now: what is evaluated anew is promoted by its new scores
-    stays = arguments.promote and stage.complete and stays_rolled_back(registry, run.path)
+    stays = arguments.promote and is_complete(stage) and stays_rolled_back(registry, run.path)
     if arguments.score_only:
         score_again(stage)
-    elif stage.complete:
+    elif is_complete(stage):
         print("evaluation: complete, nothing to do")
     else:
         evaluate_all(run, stage, arguments.teacher_url)
@@ -48,15 +48,25 @@ def main(argv: list[str]) -> int:
 
 def evaluate_all(run: Run, stage: Stage, teacher_url: str | None) -> None:
     """Ask every system of the recipe and score the answers. Raises as `evaluator.stage.evaluate` does."""
+    from evaluator.judge import judge_of
     from evaluator.stage import evaluate
     from shared.engines.local import LocalModel
-    from shared.http.client import teacher_of
+    from shared.http.client import OpenAITeacher, teacher_of
     from shared.models import serving_folder
+    from shared.settings import read_secret
 
     recipe = run.recipe
     evaluate(
         stage,
         open_teacher=lambda: teacher_of(recipe.teacher, teacher_url),
         load_base=lambda: LocalModel(serving_folder(recipe.student.model, recipe.export.quantization)),
-        load_distilled=lambda: LocalModel(run.path / "model" / "serving"),
+        load=LocalModel,
+        open_system=lambda system: OpenAITeacher(
+            str(system.url),
+            model=system.model,
+            protocol=system.protocol,
+            api_key=read_secret(None, system.api_key_file, f"evaluate.systems ({system.name}).api_key"),
+            timeout_s=system.timeout_s,
+        ),
+        open_judge=judge_of,
     )

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from evaluator.answers import student_predictions, teacher_predictions
+from pydantic import ValidationError
+
+from evaluator.answers import Collected, file_predictions, student_predictions, teacher_predictions, url_predictions
+from evaluator.judge import Judged, ask_judge, judged, opponents
+from evaluator.metrics import bertscore
+from evaluator.metrics.table import METRICS
 from evaluator.report.build import build
-from evaluator.report.page import page
+from evaluator.report.markdown import markdown
+from evaluator.report.page import TestAnswers, page
 from evaluator.report.table import table
 from evaluator.scores import Scored, score
-from evaluator.systems import SYSTEMS, trivial_predictions
-from shared.artifacts import Run, Stage, read_jsonl, write_atomic, write_json, write_jsonl
+from evaluator.systems import (
+    ALWAYS,
+    DISTILLED,
+    Evaluated,
+    in_order,
+    refuse_taken_names,
+    refuse_unknown_baseline,
+    round_name,
+    simple_systems,
+)
+from shared.artifacts import Run, Stage, read_json, read_jsonl, write_atomic, write_json, write_jsonl
 from shared.collect import OfflineModel
 from shared.contracts import Example, Prediction, Split
+from shared.datasets.overlap import overlaps, refuse_overlaps
 from shared.datasets.stage import prepare, shots
 from shared.errors import DataError, StageOrder
 from shared.harvest.teacher import Teacher
+from shared.settings import JudgeSettings, SystemSettings, evaluation_settings
 
 Rows = Mapping[Split, Sequence[Example]]
+REPORTS = ("report.json", "report.html", "report.md")
+KEPT = ("predictions.jsonl", "systems.json")
+"""All that scores are computed from, beside the data set."""
+BERTSCORE = "bertscore.jsonl"
 
 
 def evaluate(
@@ -26,22 +49,68 @@ def evaluate(
     *,
     open_teacher: Callable[[], Teacher],
     load_base: Callable[[], OfflineModel],
-    load_distilled: Callable[[], OfflineModel],
+    load: Callable[[Path], OfflineModel],
+    open_system: Callable[[SystemSettings], Teacher],
+    open_judge: Callable[[JudgeSettings], Teacher],
 ) -> None:
     """Let every system answer the test split, then score. What a ledger holds is not asked again, nor a model loaded for it.
 
-    Raises TeacherError, HarvestTooThin, EngineError, DataError, StorageError.
+    load: of a serving folder. open_system: one of evaluate.systems with a URL. open_judge: evaluate.judge. Raises TeacherError,
+    HarvestTooThin, EngineError, DataError, LeakageError, SettingsError, StorageError.
     """
     run = stage.run
     rows = prepare(run)
+    refuse_taken_names(run.recipe)
+    refuse_overlaps(overlaps(rows), run.recipe.evaluate.allow_overlap)
     test, given = rows["test"], shots(run, rows["train"], run.recipe.task.shots)
-    # the teacher first: if it does not answer, that is known before minutes are spent on the students
-    of_teacher, asked = teacher_predictions(run, test, given, open_teacher=open_teacher)
-    of_students, answered = student_predictions(run, test, given, load_base=load_base, load_distilled=load_distilled)
-    predictions = [*of_teacher, *of_students, *trivial_predictions(run.recipe, rows["train"], test)]
-    predictions.sort(key=lambda p: SYSTEMS.index(p.system))  # stable: the rows of a system keep their order
+    found = Collected()
+    # files first, then the teacher: what cannot work is known before minutes are spent on the students
+    extra = run.recipe.evaluate.systems
+    for more in extra:
+        if more.predictions is not None:
+            found.add(file_predictions(test, more))
+    names = _names(run, found)
+    refuse_unknown_baseline(run.recipe, names)
+    settings = run.recipe.evaluate
+    if settings.judge is not None:
+        opponents(run.recipe, settings.judge, names)
+    if settings.bertscore is not None:
+        bertscore.check(settings.bertscore.model)
+    found.add(teacher_predictions(run, test, given, open_teacher=open_teacher))
+    for more in extra:
+        if more.url is not None:
+            found.add(url_predictions(run, test, given, more, open_system=partial(open_system, more)))
+    found.add(student_predictions(run, test, given, load_base=load_base, load=load))
+    systems, predictions = simple_systems(run.recipe, rows["train"], test)
+    found.add(Collected(systems, predictions))
+    ordered = in_order(found.systems, run)
+    place = {system.name: at for at, system in enumerate(ordered)}
+    predictions = sorted(found.predictions, key=lambda p: place[p.system])  # stable: rows keep their order
     write_jsonl(stage.path / "predictions.jsonl", predictions)
-    _report(stage, rows, given, answered={**asked, **answered})
+    evaluated = Evaluated(systems=tuple(ordered), not_scored=found.not_scored)
+    write_json(stage.path / "systems.json", evaluated.model_dump(mode="json"))
+    answered = dict(found.census)
+    if settings.judge is not None:
+        examples, texts = _texts(predictions, test)
+        answered |= ask_judge(run, settings.judge, examples, texts, open_judge=partial(open_judge, settings.judge))
+    if settings.bertscore is not None:
+        references = {e.id: e.summary for e in test if e.summary is not None}
+        answered["bertscore"] = bertscore.write_scores(stage.path / BERTSCORE, settings.bertscore, predictions, references)
+    _report(stage, rows, answered=answered)
+
+
+def _texts(predictions: Sequence[Prediction], test: Sequence[Example]) -> tuple[list[Example], dict[str, list[str]]]:
+    """The test rows that have a reference, and every system's answers to them in their order."""
+    examples = [e for e in test if e.summary is not None]
+    said = {(p.system, p.example_id): p.text for p in predictions}
+    names = dict.fromkeys(p.system for p in predictions)
+    return examples, {name: [said[name, e.id] for e in examples] for name in names}
+
+
+def is_complete(stage: Stage) -> bool:
+    """Whether the evaluation was finished on what stands there now, with the settings of now."""
+    manifest = stage.run.manifest(stage.name)
+    return stage.complete and manifest is not None and dict(manifest.settings) == evaluation_settings(stage.run.recipe)
 
 
 def score_again(stage: Stage) -> None:
@@ -50,30 +119,65 @@ def score_again(stage: Stage) -> None:
     inputs = [ref for name in ("dataset", "model") if (made := run.manifest(name)) for ref in made.outputs]
     if manifest is None or list(manifest.inputs) != inputs:
         raise StageOrder(f"{stage.path} has no predictions of the present model: run `distill evaluate` first, without --score-only")
-    rows = prepare(run)
-    _report(stage, rows, shots(run, rows["train"], run.recipe.task.shots), answered=manifest.counts.get("answers", {}))
+    _report(stage, prepare(run), answered=manifest.counts.get("answers", {}))
+
+
+def evaluated_systems(run: Run) -> Evaluated:
+    """Who was evaluated. Raises DataError for a file that does not say."""
+    file = run.path / "evaluation" / "systems.json"
+    try:
+        return Evaluated.model_validate(read_json(file))
+    except ValidationError as exc:
+        raise DataError(f"{file}: {exc.errors()[0]['loc']}: {exc.errors()[0]['msg']}; run `distill evaluate` again") from exc
 
 
 def scores_of(run: Run, test: Sequence[Example]) -> dict[str, Scored]:
     """Every system's scores, computed from evaluation/predictions.jsonl. Raises DataError if a system is missing there."""
-    file = run.path / "evaluation" / "predictions.jsonl"
-    scored = score(read_jsonl(file, Prediction), test)
-    if missing := [name for name in SYSTEMS if name not in scored]:
+    file, names = run.path / "evaluation" / "predictions.jsonl", [system.name for system in evaluated_systems(run).systems]
+    metrics, wanted = METRICS, run.recipe.evaluate.bertscore
+    if wanted is not None:
+        metrics = {**METRICS, "bertscore": bertscore.stored_metric(file.with_name(BERTSCORE), wanted)}
+    scored = score(read_jsonl(file, Prediction), test, metrics)
+    if missing := [name for name in [*names, DISTILLED] if name not in scored]:
         raise DataError(f"{file} has no predictions of {', '.join(missing)}; run `distill evaluate` again")
-    return {name: scored[name] for name in SYSTEMS}
+    return {name: scored[name] for name in names}
 
 
-def _report(stage: Stage, rows: Rows, given: Sequence[Example], *, answered: Mapping[str, Any]) -> None:
-    """Write report.json and report.html, finish the stage, print the table. `answered`: the census of answers by system."""
-    run, recipe = stage.run, stage.run.recipe
+def _names(run: Run, found: Collected) -> list[str]:
+    """The systems that will be scored, before any was asked."""
+    rounds = [round_name(number) for number in range(run.recipe.train.rounds - 1)]
+    return [*ALWAYS, *rounds, *(system.name for system in run.recipe.evaluate.systems if system.name not in found.not_scored)]
+
+
+def _report(stage: Stage, rows: Rows, *, answered: Mapping[str, Any]) -> None:
+    """Write the reports, finish the stage, print the table. `answered`: the census of answers by system."""
+    run, evaluated = stage.run, evaluated_systems(stage.run)
+    found = overlaps(rows)
+    refuse_overlaps(found, run.recipe.evaluate.allow_overlap)
     scored = scores_of(run, rows["test"])
-    report = build(run, rows, given, scored)
-    write_json(stage.path / "report.json", report)
-    write_atomic(stage.path / "report.html", page(report, rows["test"], scored))
+    refuse_unknown_baseline(run.recipe, list(scored))
+    settings, judged_by = run.recipe.evaluate, Judged(None, [])
+    if settings.judge is not None:
+        judged_by = judged(run, settings.judge, *_texts(read_jsonl(stage.path / "predictions.jsonl", Prediction), rows["test"]))
+    report = build(run, rows, evaluated, scored, overlaps=found, judge=judged_by.judge, more_notes=judged_by.notes)
+    examples = {e.id: e for e in rows["test"]}
+    answers = [
+        TestAnswers(
+            id=i,
+            question=examples[i].question,
+            reference=examples[i].summary or "",
+            texts={name: of_system.texts[at] for name, of_system in scored.items()},
+        )
+        for at, i in enumerate(scored[DISTILLED].ids)
+    ]
+    write_json(stage.path / "report.json", report.model_dump(mode="json"))
+    write_atomic(stage.path / "report.html", page(report, answers))
+    write_atomic(stage.path / "report.md", markdown(report))
+    kept = [*KEPT, BERTSCORE] if settings.bertscore is not None else [*KEPT]
     stage.finish(
-        [*(stage.path / name for name in ("predictions.jsonl", "report.json", "report.html")), stage.path / "answers"],
-        settings={name: getattr(recipe, name).model_dump(mode="json") for name in ("task", "evaluate", "promote")},
-        counts={"test_rows": report["test_rows"], "answers": dict(answered)},
+        [*(stage.path / name for name in (*kept, *REPORTS)), stage.path / "answers"],
+        settings=evaluation_settings(run.recipe),
+        counts={"test_rows": report.test_rows, "answers": dict(answered)},
     )
     print(table(report))
     print(f"report: {stage.path / 'report.html'}")

@@ -29,7 +29,9 @@ from shared.settings import PROCEDURE, Recipe
 FORMAT = 3
 """Of run directories. 2: keys of answers without the example, ledgers in segments. 3: a folder of checkpoints a round. A run.json that
 names none is of format 1."""
-RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "ctranslate2", "rouge_score", "nltk", "httpx", "pydantic")
+RECORDED_PACKAGES = (
+    "torch", "transformers", "trl", "peft", "ctranslate2", "rouge_score", "nltk", "sacrebleu", "numpy", "httpx", "pydantic"
+)  # fmt: skip
 ANOTHER_RUN = "give another --out (with compose: RUN=name)"
 LOST_AND_FOUND = "lost+found"
 """What a fresh file system holds: a volume with nothing else is empty."""

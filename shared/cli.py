@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("evaluator.run", "score student, teacher and baselines on the test split"),
     "promote": ("evaluator.promote", "make the student the served one, if it is provably better"),
     "rollback": ("evaluator.rollback", "serve the previously promoted student again"),
+    "registry": ("evaluator.registry", "which students were promoted, their history, and how two of them differ"),
     "serve": ("student_trainer.serving.main", "serve the promoted student over HTTP"),
     "status": ("student_trainer.status", "what a run directory has done and what is left"),
     "monitor": ("student_trainer.monitor", "tell Prometheus how far the runs are"),

@@ -5,13 +5,19 @@ REGISTRY/
   versions/<id>/serving/        a copy of the serving folder, beside it the model card and the reports
   versions/<id>/promoted.json   written last: a version without it does not exist
   current.json                  what is served now; replaced in one step, so a reader needs no lock
-  history.jsonl                 every promotion, rollback and refusal, with its reason; its lock admits one writer at a time
+  history.jsonl                 every promotion, rollback and refusal, with its reason
+  .writer                       locked by the one process that writes, and says which that is; a lock dies with its process
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+import platform
+import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,17 +39,20 @@ from shared.artifacts import (
     write_json,
 )
 from shared.contracts import Contract
-from shared.errors import DataError, PromotionRefused, RunMismatch, StorageError
+from shared.errors import DataError, PromotionRefused, RunMismatch, StorageError, storage_error
 
 FORMAT = 1
 """Of registries. One without format.json is of format 1: version 0.1.0 began without it."""
 ENTRIES = {"format.json", "current.json", "history.jsonl", "versions"}
+VERSION = r"^[0-9TZ]+-[0-9a-f]{12}$"
+REFUSAL_WAITS_S = 60.0
+"""Seconds that a refusal waits for the promotion under way: it wins nothing by being told that it came second."""
 
 
 class Promoted(Contract):
     """A student that is, or was, served."""
 
-    version: str = Field(pattern=r"^[0-9TZ]+-[0-9a-f]{12}$")
+    version: str = Field(pattern=VERSION)
     """UTC time of the first promotion, then a hash of the served files, the name and the task: the same content is the same version."""
     folder: str
     """The serving folder, relative to the registry."""
@@ -84,6 +93,52 @@ def current(registry: Path) -> Promoted | None:
     return _read(registry / "current.json")
 
 
+def versions(registry: Path) -> dict[str, Promoted | DataError]:
+    """Every version by its id, oldest first; in place of one whose promoted.json is damaged the error that says so.
+
+    A version that was served more than once is told as it was at its first promotion. Raises as `current` does, but for the pointer.
+    """
+    _check(registry)
+    found: dict[str, Promoted | DataError] = {}
+    for file in sorted((registry / "versions").glob("*/promoted.json")):
+        if not re.match(VERSION, file.parent.name):
+            continue
+        try:
+            promoted = _read(file)
+            if promoted is not None and promoted.version != file.parent.name:
+                raise DataError(f"{file} speaks of version {promoted.version}; remove {file.parent} and promote that student again")
+        except DataError as exc:
+            found[file.parent.name] = exc
+        else:
+            if promoted is not None:
+                found[promoted.version] = promoted
+    return found
+
+
+def find(registry: Path, name: str) -> Promoted:
+    """One version: `current`, `previous` (what a rollback goes back to), or an id, or the beginning of an id or of the hash in it.
+
+    Raises DataError for a name that fits none, or several, with those there are; for a damaged version; as `current` does.
+    """
+    served, known = current(registry), versions(registry)
+    if served is None:
+        raise DataError(f"{registry}: nothing has been promoted, so there is no version {name!r}")
+    if name == "current":
+        return served
+    if name == "previous":
+        if not served.served_before:
+            raise DataError(f"{registry}: nothing was served before version {served.version}, so there is no previous one")
+        name = served.served_before[-1]
+    fitting = [version for version in known if version.startswith(name) or version.partition("-")[2].startswith(name)] if name else []
+    if len(fitting) != 1:
+        what, those = (f"{name!r} may be any of", fitting) if fitting else (f"no version {name!r}; there are", list(known))
+        raise DataError(f"{registry}: {what} {', '.join(those) or 'none'}")
+    found = known[fitting[0]]
+    if isinstance(found, DataError):
+        raise found
+    return served if found.version == served.version else found
+
+
 def serving_path(registry: Path, promoted: Promoted) -> Path:
     """The serving folder of a version."""
     return registry / promoted.folder
@@ -114,13 +169,18 @@ def promote(
     """Copy a serving folder into the registry and make it the served version. What is served already stays as it is.
 
     `attachments` are kept beside it, files or names with their text: the model card, the reports. `reason` goes into the history.
-    Raises DataError for an incomplete serving folder, StorageError for a full disk or a second writer.
+
+    Of two promotions at once, one is made and the other gets StorageError at once, having written nothing. One that begins after the
+    other has ended is made as well, although it was decided upon while something else was served: decisions are made against a
+    baseline of the recipe, which no promotion changes. The later one is then served, and a rollback goes back to the other.
+
+    Raises DataError for an incomplete serving folder, StorageError for a full disk or while another process writes the registry.
     """
     content = _hashes(serving_folder)
     if missing := {"serving.json", "model.bin", "tokenizer.json"} - content.keys():
         raise DataError(f"{serving_folder} is no serving folder (no {', '.join(sorted(missing))}); export the model again")
     digest = sha256_bytes(canonical({"files": content, "name": name, "task": dict(task)}))[:12]
-    with _writing(registry) as (served, events):
+    with _writing(registry, f"promoting {run}") as (served, events):
         known = _version_of(registry, digest)
         if known and served and known.version == served.version:
             return served
@@ -139,27 +199,31 @@ def promote(
         if not known:
             with new_directory(registry / "versions" / version) as folder:
                 shutil.copytree(serving_folder, folder / "serving")
-                for attached in attachments:
-                    if isinstance(attached, Path):
-                        shutil.copyfile(attached, folder / attached.name)
-                    else:
-                        file_name, text = attached
-                        (folder / file_name).write_text(text, encoding="utf-8")
+                _attach(folder, attachments)
                 if _hashes(folder / "serving") != content:
                     raise StorageError(f"{serving_folder} changed while it was copied; end what writes it and promote again")
                 (folder / "promoted.json").write_text(promoted.model_dump_json(indent=2) + "\n")
+        else:  # the same student, evaluated anew
+            _attach(registry / "versions" / version, attachments)
         _serve(registry, events, promoted, "promoted", reason)
         return promoted
+
+
+def _attach(folder: Path, attachments: Sequence[Path | tuple[str, str]]) -> None:
+    for attached in attachments:
+        name, content = (attached.name, attached.read_bytes()) if isinstance(attached, Path) else (attached[0], attached[1].encode())
+        write_atomic(folder / name, content)
 
 
 def rollback(registry: Path, *, reason: str = "asked for") -> Promoted:
     """Serve again what was served before the current version; asked again, it goes back one further.
 
-    Raises PromotionRefused if nothing was, DataError if that version is damaged; what is served stays served.
+    Raises PromotionRefused if nothing was, DataError if that version is damaged, StorageError while another process writes the
+    registry; what is served stays served.
     """
     if current(registry) is None:
         raise PromotionRefused(f"{registry}: nothing has been promoted, so there is nothing to roll back")
-    with _writing(registry) as (served, events):
+    with _writing(registry, "rolling back") as (served, events):
         if served is None or not served.served_before:
             raise PromotionRefused(f"{registry}: nothing was served before version {served and served.version}; it stays served")
         *earlier, version = served.served_before
@@ -173,8 +237,11 @@ def rollback(registry: Path, *, reason: str = "asked for") -> Promoted:
 
 
 def record_refusal(registry: Path, *, reason: str, run: str, scores: Mapping[str, float]) -> None:
-    """Note in the history that a student was not promoted, and why; what is served stays served."""
-    with _writing(registry) as (served, events):
+    """Note in the history that a student was not promoted, and why; what is served stays served.
+
+    Raises StorageError if another process writes the registry for longer than REFUSAL_WAITS_S.
+    """
+    with _writing(registry, f"noting why {run} is refused", wait_s=REFUSAL_WAITS_S) as (served, events):
         version = served.version if served else None
         events.append(Event(at=now(), what="refused", version=version, reason=reason, run=run, scores=dict(scores)))
 
@@ -218,22 +285,77 @@ def _is_ours(registry: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _writing(registry: Path) -> Iterator[tuple[Promoted | None, Ledger[Event]]]:
-    """What is served, and the history opened for writing, which shuts out every other writer. Raises StorageError, RunMismatch."""
+def _writing(registry: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[tuple[Promoted | None, Ledger[Event]]]:
+    """What is served, and the history opened for writing, which shuts out every other writer. Raises StorageError, RunMismatch.
+
+    doing: what others are told meanwhile.
+    """
     _check(registry)
-    if not (registry / "format.json").exists():
-        write_json(registry / "format.json", {"format": FORMAT})
-    with Ledger(registry / "history.jsonl", Event) as events:
-        for leftover in (registry / "versions").glob(".*.tmp"):  # of a promotion that was killed while copying
-            shutil.rmtree(leftover, ignore_errors=True)
-        served = current(registry)
-        # the pointer is replaced before the history is told: a kill in between left the line out
-        told = events.rows()
-        if served and not any(e.at == served.promoted_at and e.version == served.version for e in told):
-            previous = told[-1].version if told else None
-            forward = served.served_before[-1:] == ((previous,) if previous else ())
-            events.append(_event(served, "promoted" if forward else "rolled back", "written down late: the process was ended right after"))
-        yield served, events
+    with _alone(registry, doing, wait_s):
+        if not (registry / "format.json").exists():
+            write_json(registry / "format.json", {"format": FORMAT})
+        _sweep(registry)
+        with Ledger(registry / "history.jsonl", Event) as events:
+            served = current(registry)
+            # the pointer is replaced before the history is told: a kill in between left the line out
+            told = events.rows()
+            if served and not any(e.at == served.promoted_at and e.version == served.version for e in told):
+                previous = told[-1].version if told else None
+                forward = served.served_before[-1:] == ((previous,) if previous else ())
+                late = "written down late: the process was ended right after"
+                events.append(_event(served, "promoted" if forward else "rolled back", late))
+            yield served, events
+
+
+def _sweep(registry: Path) -> None:
+    """Remove what a promotion that was killed while writing has left half done."""
+    for leftover in (registry / "versions").glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in registry.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(registry: Path, doing: str, wait_s: float) -> Iterator[None]:
+    """Shut out every other writer, in this process or another, until the block ends. Raises StorageError that names who it is."""
+    file = registry / ".writer"
+    try:
+        registry.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # less what the umask forbids
+    except OSError as exc:
+        raise storage_error(exc, file) from exc
+    try:
+        _lock(registry, handle, time.monotonic() + wait_s)
+        with contextlib.suppress(OSError):  # who holds it is a courtesy, for which a full disk may have no room
+            os.ftruncate(handle, 0)  # what a killed one has left
+            # a pid alone means nothing to another container
+            os.pwrite(handle, f"{doing} (process {os.getpid()} on {platform.node()}, since {now()})".encode(), 0)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle, 0)
+    finally:
+        os.close(handle)
+
+
+def _lock(registry: Path, handle: int, until: float) -> None:
+    """Lock an open file, trying until a moment of the monotonic clock. Raises StorageError."""
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            if time.monotonic() < until:
+                time.sleep(0.05)
+                continue
+            doing = os.pread(handle, 4096, 0).decode(errors="replace") or "writing it"
+            raise StorageError(
+                f"{registry}: another process is {doing}; this one has changed nothing: wait until that has ended, look at "
+                "`distill registry list`, then run this command again if it is still wanted"
+            ) from exc
+        except OSError as exc:
+            raise storage_error(exc, registry) from exc
+        return
 
 
 def _serve(registry: Path, events: Ledger[Event], promoted: Promoted, what: Literal["promoted", "rolled back"], reason: str) -> None:
@@ -261,6 +383,8 @@ def _read(file: Path) -> Promoted | None:
         return Promoted.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         return None
+    except OSError as exc:
+        raise DataError(f"{file}: {exc.strerror}") from exc
     except ValidationError as exc:
         error = exc.errors()[0]
         raise DataError(f"{file}: {'.'.join(map(str, error['loc']))}: {error['msg']}; remove this file and promote again") from exc

@@ -329,25 +329,123 @@ class ExportSettings(Section):
     quantization: Quantization = DEFAULT_QUANTIZATION
 
 
+class SystemSettings(Section):
+    """One more system beside those that are always evaluated; exactly one of `url`, `run` and `predictions` says where its answers are."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=40)
+    """Its name in the report, and in promote.baseline."""
+    url: str | None = None
+    """Base URL of an OpenAI-compatible API, with its /v1; asked as the teacher is, each answer once."""
+    model: str = "model"
+    """url: the name to ask for."""
+    protocol: Literal["chat", "completions"] = "chat"
+    api_key_file: Path | None = Field(None, exclude=True)
+    timeout_s: float = Field(120.0, gt=0)
+    few_shot: bool = False
+    """url, run: whether task.shots examples are given before the question."""
+    run: Path | None = None
+    """Another run directory with an exported student (model/), e.g. one with train.orpo_lambda=0: SFT."""
+    predictions: Path | None = None
+    """A .jsonl of {"example_id": ..., "text": ...}, one line a test row; other fields are not read."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SystemSettings:
+        if sum(source is not None for source in (self.url, self.run, self.predictions)) != 1:
+            raise ValueError(f"{self.name}: give exactly one of url, run and predictions")
+        return self
+
+
+class JudgeSettings(Section):
+    """A language model that says which of two answers is better, over any OpenAI-compatible API that chats; two requests a test row and
+    system."""
+
+    url: str
+    """Base URL with its /v1."""
+    model: str
+    """The name to ask for."""
+    api_key: SecretStr | None = Field(None, exclude=True)
+    api_key_file: Path | None = Field(None, exclude=True)
+    timeout_s: float = Field(120.0, gt=0)
+    """Seconds allowed for one attempt at one request; attempts and patience are the teacher's."""
+    concurrency: int = Field(8, ge=1)
+    """Most requests in flight."""
+    against: tuple[str, ...] = ()
+    """Systems the distilled student is compared with; none: promote.baseline."""
+    rows: int | None = Field(None, ge=1)
+    """Only the first so many test rows."""
+    max_tokens: int = Field(64, ge=1, le=4096)
+    """Of one answer. The verdict is one word; a model that thinks aloud first needs more."""
+    criteria: str = Field(
+        "The better answer does what the task says, keeps to what the input says, leaves out nothing that matters, and adds nothing. "
+        "Neither the order of the answers nor their length is a reason by itself.",
+        min_length=1,
+    )
+    """What makes an answer better, in words for the judge."""
+
+
+class BertScoreSettings(Section):
+    """BERTScore, computed on this machine."""
+
+    model: Path
+    """A folder in Hugging Face format with a BERT-like encoder, e.g. of roberta-large. Nothing is downloaded."""
+    layer: int | None = Field(None, ge=0)
+    """Whose vectors are compared; 0 is the embeddings, None the last. The authors' choice: roberta-large 17, bert-base-uncased 9,
+    distilbert-base-uncased 5, microsoft/deberta-xlarge-mnli 40."""
+    batch_size: int = Field(32, ge=1)
+    """Answers scored at once."""
+
+
+HigherIsBetter = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "sacrebleu", "chrf", "exact_match", "bertscore"]
+Guarded = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "sacrebleu", "chrf", "exact_match", "bertscore", "empty", "cut_off"]
+"""Metrics of evaluator/metrics/table.py that a gate may look at, and bertscore where evaluate.bertscore is given."""
+
+
 class EvaluateSettings(Section):
-    """How systems are compared."""
+    """How systems are compared. A run may be evaluated again with others: what was answered is not asked again."""
 
     max_tokens: int = Field(48, ge=1, le=4096)
     """Of every system's greedy answer."""
     stop: tuple[str, ...] = Field(("\n",), max_length=4)
+    systems: tuple[SystemSettings, ...] = ()
+    """More systems to compare."""
     resamples: int = Field(10_000, ge=100)
-    """Of the paired bootstrap."""
-    seed: int = 0
+    """Of the bootstrap, and exchanges of the randomisation test."""
+    seed: int = Field(0, ge=0)
+    allow_overlap: tuple[str, ...] = ()
+    """Ids of test rows that may share text with a row of train or validation; any other that does ends the run."""
+    judge: JudgeSettings | None = None
+    bertscore: BertScoreSettings | None = None
+
+    @field_validator("systems")
+    @classmethod
+    def _names_differ(cls, systems: tuple[SystemSettings, ...]) -> tuple[SystemSettings, ...]:
+        names = [system.name for system in systems]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"the name {twice[0]} is given twice; every system needs one of its own")
+        return systems
 
 
 class PromoteSettings(Section):
     """When a student replaces what is served."""
 
-    metric: Literal["rouge1", "rouge2", "rougeL", "bleu"] = "rougeL"
+    metric: HigherIsBetter = "rougeL"
     baseline: str = "student-zero-shot"
     margin: float = Field(0.0, ge=0)
     """The gain must exceed this, in the metric's own unit (0 to 1)."""
     alpha: float = Field(0.05, gt=0, lt=1)
+    """Both tests must find the gain with a smaller two-sided p: paired bootstrap (against the margin) and approximate randomisation."""
+    min_rows: int = Field(20, ge=2)
+    """Fewer scored test rows decide nothing."""
+    no_regression: dict[Guarded, float] = Field(default_factory=dict)
+    """Metric -> how much worse than the baseline the student may be in it, in the metric's own unit, e.g. {bleu: 0, cut_off: 0.02}."""
+
+    @field_validator("no_regression")
+    @classmethod
+    def _losses_are_positive(cls, allowed: dict[Guarded, float]) -> dict[Guarded, float]:
+        for metric, loss in allowed.items():
+            if not 0 <= loss <= 1:
+                raise ValueError(f"{metric}: the allowed loss is between 0 and 1, e.g. 0.01 for a point of 100")
+        return allowed
 
 
 class Recipe(BaseSettings):
@@ -386,6 +484,12 @@ class Recipe(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _bertscore_has_a_model(self) -> Recipe:
+        if "bertscore" in (self.promote.metric, *self.promote.no_regression) and self.evaluate.bertscore is None:
+            raise ValueError("promote: bertscore needs evaluate.bertscore.model, the folder of an encoder")
+        return self
+
+    @model_validator(mode="after")
     def _trl_can_express_it(self) -> Recipe:
         """TRL has no KL terms and no weights of chosen responses, and computes the rejected ones at any lambda."""
         if self.train.trainer == "trl":
@@ -419,10 +523,18 @@ PROCEDURE = (
     "train.checkpoint_steps",
     "train.keep_checkpoints",
     "train.report_to",
+    # nothing is trained on them, and the evaluation that they shape is made anew
+    "evaluate",
+    "promote",
 )
-"""Settings and sections that say how a run proceeds and not what comes out of it: a run may go on with others than it began with."""
+"""Settings and sections a run may go on with others than it began with: they say how it proceeds, or how its outcome is judged."""
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)
+
+
+def evaluation_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings an evaluation was made with, as its manifest keeps them: with others it is made anew."""
+    return {name: getattr(recipe, name).model_dump(mode="json") for name in ("task", "evaluate", "promote")}
 
 
 def load_settings(model: type[SettingsT], *, flags: Mapping[str, Any], yaml_file: Path | None = None) -> SettingsT:

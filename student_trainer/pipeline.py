@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     from shared.artifacts import Run
     from shared.embedded.weights import ORIGIN
     from shared.registry import stays_rolled_back
-    from shared.settings import Recipe, load_settings
+    from shared.settings import Recipe, evaluation_settings, load_settings
     from student_trainer.progress import unfinished
 
     flags = {**assignments(arguments.settings), **_dataset_flags(arguments)}
@@ -73,6 +73,9 @@ def main(argv: list[str]) -> int:
     if "embedded:" in recipe.student.model + recipe.teacher.identity:
         print(f"embedded weights: {ORIGIN}", flush=True)
     left = unfinished(out)
+    judged = run.manifest(STAGES["evaluate"])
+    if judged and dict(judged.settings) != evaluation_settings(recipe):  # the same students and teacher, to be evaluated in another way
+        left.append(STAGES["evaluate"])
     asks = arguments.retry_failed or any(STAGES[command] in left for command in ASKS_TEACHER)
     teacher = recipe.teacher.launch if asks else None
     if left or asks:

@@ -23,7 +23,7 @@ from shared import registry as store
 from shared.contracts import Manifest, Response
 from shared.errors import DataError, DistillError
 from shared.harvest.ledger import answer_files
-from shared.settings import HarvestSettings, PromoteSettings, TrainSettings
+from shared.settings import HarvestSettings, TrainSettings
 from student_trainer.progress import STATES, stage_manifest, stage_states, stages_of
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,6 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 class _Recipe(BaseModel):
     harvest: HarvestSettings
     train: TrainSettings
-    promote: PromoteSettings
 
 
 class _RunFile(BaseModel):
@@ -93,14 +92,16 @@ class _Step(BaseModel):
     tokens_per_s: float
 
 
+class _Score(BaseModel):
+    value: float
+
+
 class _System(BaseModel):
-    rouge1: float
-    rouge2: float
-    rougeL: float
-    bleu: float
+    scores: dict[str, _Score]
 
 
 class _Gain(BaseModel):
+    theirs: str
     metric: str
     gain: float
     low: float | None
@@ -110,8 +111,10 @@ class _Gain(BaseModel):
 class _Report(BaseModel):
     """What is read of evaluation/report.json."""
 
+    metric: str
+    baseline: str
     systems: dict[str, _System]
-    comparisons: dict[str, _Gain]
+    comparisons: list[_Gain]
 
 
 class Rows:
@@ -253,7 +256,7 @@ class _Scrape:
         with self.reading():
             self._training(name, folder, recipe)
         with self.reading():
-            self._evaluation(name, folder, recipe)
+            self._evaluation(name, folder)
         self.registry(name, folder / "registry")
 
     def _stages(self, run: str, folder: Path, recipe: _Recipe | None) -> None:
@@ -304,18 +307,18 @@ class _Scrape:
             by_epochs = round(recipe.train.epochs * step.step / step.epoch)
             self.add("distill_training_wanted_steps", recipe.train.max_steps or by_epochs, run)
 
-    def _evaluation(self, run: str, folder: Path, recipe: _Recipe | None) -> None:
+    def _evaluation(self, run: str, folder: Path) -> None:
         report = _read(folder / "evaluation" / "report.json", _Report)
         if not report:
             return
-        for system, scores in report.systems.items():
-            for metric, value in scores.model_dump().items():
-                self.add("distill_evaluation_score", value, run, system, metric)
-        baseline = recipe.promote.baseline if recipe else ""
-        if found := report.comparisons.get(baseline):
-            self.add("distill_evaluation_gain", found.gain, run, baseline, found.metric)
-            self.add("distill_evaluation_gain_low", found.low, run, baseline, found.metric)
-            self.add("distill_evaluation_gain_high", found.high, run, baseline, found.metric)
+        for system, found in report.systems.items():
+            for metric, score in found.scores.items():
+                self.add("distill_evaluation_score", score.value, run, system, metric)
+        for compared in report.comparisons:
+            if (compared.theirs, compared.metric) == (report.baseline, report.metric):
+                self.add("distill_evaluation_gain", compared.gain, run, report.baseline, compared.metric)
+                self.add("distill_evaluation_gain_low", compared.low, run, report.baseline, compared.metric)
+                self.add("distill_evaluation_gain_high", compared.high, run, report.baseline, compared.metric)
 
     def registry(self, run: str, folder: Path) -> None:
         with self.reading():

@@ -67,7 +67,9 @@ def evaluated_run(path: Path, **changes: object) -> Run:
         run.stage("evaluation", ["dataset", "model"]),
         open_teacher=lambda: FakeTeacher(right.__getitem__),
         load_base=lambda: FakeStudent(lambda prompt: "What is it?"),
-        load_distilled=lambda: FakeStudent(right.__getitem__),
+        load=lambda folder: FakeStudent(right.__getitem__),
+        open_system=lambda system: FakeTeacher(right.__getitem__),
+        open_judge=lambda settings: FakeTeacher(right.__getitem__),
     )
     return run
 

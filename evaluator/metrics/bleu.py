@@ -1,4 +1,4 @@
-"""Corpus BLEU-4 with nltk, and the row counts it is made of, so that a bootstrap can resample rows.
+"""Corpus BLEU-4 as nltk computes it, and the row counts it is made of, so that a bootstrap can resample rows.
 
 Smoothing is nltk's method1 (Chen and Cherry, 2014): an n-gram order that matches nowhere in the whole corpus counts 0.1 matches. It
 changes nothing for a system that matches at all four orders, and keeps a weak one above 0 so that weak ones can be told apart.
@@ -26,7 +26,7 @@ def words(text: str) -> list[str]:
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU of a whole corpus, one reference a row, in [0, 1]; 0 where not one word matches."""
+    """BLEU of a whole corpus by nltk itself, one reference a row, in [0, 1]; 0 where not one word matches."""
     return float(
         corpus_bleu(
             [[words(reference)] for reference in references],
@@ -36,20 +36,23 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     )
 
 
-def bleu_counts(prediction: str, reference: str) -> NDArray[np.float64]:
-    """What one row adds to a corpus: (10,) matches of 1- to 4-grams, n-grams of 1 to 4, words of the prediction, of the reference."""
-    ours, theirs = words(prediction), words(reference)
-    grams = [(Counter(_grams(ours, n)), Counter(_grams(theirs, n))) for n in range(1, ORDERS + 1)]
-    matches = [(a & b).total() for a, b in grams]
-    # nltk counts at least one n-gram in every row, however short
-    totals = [max(1, a.total()) for a, _ in grams]
-    return np.array([*matches, *totals, len(ours), len(theirs)], dtype=np.float64)
+def bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
+    """(rows, 10), what each row adds: matches of 1- to 4-grams, n-grams of 1 to 4, words of the prediction, of the reference."""
+    rows = np.zeros((len(predictions), 2 * ORDERS + 2))
+    for row, prediction, reference in zip(rows, predictions, references, strict=True):
+        ours, theirs = words(prediction), words(reference)
+        for n in range(1, ORDERS + 1):
+            a, b = Counter(_grams(ours, n)), Counter(_grams(theirs, n))
+            # nltk counts at least one n-gram in every row, however short
+            row[n - 1], row[ORDERS + n - 1] = (a & b).total(), max(1, a.total())
+        row[-2:] = len(ours), len(theirs)
+    return rows
 
 
-def bleu_of_counts(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+def bleu_of_counts(sums: NDArray[np.float64], rows: int) -> NDArray[np.float64]:
     """BLEU of summed row counts (..., 10): an array (...), equal to `bleu` of the same rows."""
-    matches, totals = counts[..., :ORDERS], counts[..., ORDERS : 2 * ORDERS]
-    ours, theirs = counts[..., -2], counts[..., -1]
+    matches, totals = sums[..., :ORDERS], sums[..., ORDERS : 2 * ORDERS]
+    ours, theirs = sums[..., -2], sums[..., -1]
     precision = np.where(matches > 0, matches, EPSILON) / totals
     # an empty corpus matches nothing and is 0 below; its length must not divide
     brevity = np.exp(np.minimum(0.0, 1 - theirs / np.maximum(ours, 1)))

@@ -1,4 +1,4 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L F1 of each row, with the rouge_score package (stemmed).
+"""ROUGE F1 of each row, with the rouge_score package (stemmed).
 
 Text is lower-cased, everything but a-z and 0-9 separates words, and words of more than three letters are stemmed (Porter).
 Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004.
@@ -7,26 +7,40 @@ Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer
-
-ROUGE = ("rouge1", "rouge2", "rougeL")
+from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
 
-def rouge_rows(predictions: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """F1 of every prediction against its reference: for each of ROUGE an array (rows,), each in [0, 1]; empty text scores 0."""
-    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+class _Remembering(Tokenizer):  # type: ignore[misc]
+    """rouge_score's own tokenizer; every metric and every system asks for the words of the same references again."""
+
+    def __init__(self) -> None:
+        self._tokenize = lru_cache(maxsize=100_000)(DefaultTokenizer(use_stemmer=True).tokenize)
+
+    def tokenize(self, text: str) -> list[str]:
+        found: list[str] = self._tokenize(text)
+        return found
+
+
+_WORDS = _Remembering()
+
+
+def rouge_rows(
+    predictions: Sequence[str], references: Sequence[str], *, only: Sequence[str] = ("rouge1", "rouge2", "rougeL")
+) -> dict[str, NDArray[np.float64]]:
+    """F1 of every prediction against its reference: for each name an array (rows,), each in [0, 1]; empty text scores 0."""
+    scorer = RougeScorer(list(only), tokenizer=_WORDS)
     rows = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references, strict=True)]
-    return {name: np.array([row[name].fmeasure for row in rows], dtype=np.float64) for name in ROUGE}
+    return {name: np.array([row[name].fmeasure for row in rows], dtype=np.float64) for name in only}
 
 
 def words(text: str) -> list[str]:
     """The words ROUGE compares."""
-    found: list[str] = DefaultTokenizer(use_stemmer=True).tokenize(text)
-    return found
+    return list(_WORDS.tokenize(text))
 
 
 def rouge_l(first: Sequence[str], second: Sequence[str]) -> float:

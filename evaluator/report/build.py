@@ -1,76 +1,112 @@
-"""The report as data: what stands in evaluation/report.json, computed from stored predictions and the run's manifests.
-
-recipe, dataset        their names, and the rows of each split
-test_rows              rows that were scored
-systems                by system: rouge1, rouge2, rougeL, bleu in [0, 1]; empty, cut_off (answers); mean_words
-comparisons            distilled against every other system: metric, gain, low, high (95%), p (one-sided, gain > 0), note
-shots                  ids of the train rows that the few-shot systems were shown
-metrics                how each number is defined
-stages                 by stage so far: seconds, counts
-notes                  what a reader must know before believing a number
-versions               of everything that can change a number
-"""
+"""The report as data (evaluator/report/contract.py), computed from stored predictions and the run's files; no model is needed."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from evaluator.baselines import subject
-from evaluator.scores import Scored, compare
-from evaluator.systems import DISTILLED, TRIVIAL
-from shared.artifacts import Run, versions
+from evaluator.gate import decide
+from evaluator.metrics.metric import Metric
+from evaluator.metrics.table import METRICS
+from evaluator.report.contract import Definition, Gate, Judge, Overlapping, Report, Score, SystemReport, TrainingRound
+from evaluator.report.parts import by_length, by_type, row_metric, scored_rows
+from evaluator.scores import DESCRIPTIVE, Compared, Scored, compare_all
+from evaluator.systems import DISTILLED, REFERENCE, TRIVIAL, Evaluated, System
+from shared.artifacts import Run, read_json, versions
 from shared.contracts import Example, Manifest, Split
+from shared.datasets.overlap import Overlap
 from shared.errors import DataError
 
 FEW_ROWS = 30
-
-METRICS = {
-    "rouge1": "ROUGE-1 F1, rouge_score, stemmed; mean over rows",
-    "rouge2": "ROUGE-2 F1, rouge_score, stemmed; mean over rows",
-    "rougeL": "ROUGE-L F1, rouge_score, stemmed; mean over rows",
-    "bleu": "corpus BLEU-4, nltk corpus_bleu, SmoothingFunction method1 (epsilon 0.1), lower-cased, words and signs by regular expression",
-    "empty": "answers without text (refused prompts among them); each scores 0",
-    "cut_off": "answers that ended at the token limit",
-    "mean_words": "words an answer, split at white space",
-    "interval": "95%, paired bootstrap over test rows, percentile",
-    "p": "one-sided, (1 + resampled gains <= 0) / (1 + resamples), paired bootstrap over test rows",
-}
+MOST_STEPS = 400
 
 
-def build(run: Run, rows: Mapping[Split, Sequence[Example]], shots: Sequence[Example], scored: Mapping[str, Scored]) -> dict[str, Any]:
-    """The report's values, ready for JSON. `rows`: the examples of each split; `scored`: every system, in the order to show."""
+def build(
+    run: Run,
+    rows: Mapping[Split, Sequence[Example]],
+    evaluated: Evaluated,
+    scored: Mapping[str, Scored],
+    *,
+    overlaps: Sequence[Overlap] = (),
+    judge: Judge | None = None,
+    more_notes: Sequence[str] = (),
+) -> Report:
+    """rows: the examples of each split; scored: every system of `evaluated`, in its order; overlaps: what the guard found, all allowed."""
     recipe = run.recipe
-    settings = {"resamples": recipe.evaluate.resamples, "seed": recipe.evaluate.seed}
-    comparisons: dict[str, dict[str, Any]] = {}
-    for name, other in scored.items():
-        if name != DISTILLED:
-            found = compare(scored[DISTILLED], other, recipe.promote.metric, **settings)
-            comparisons[name] = {"metric": recipe.promote.metric, **_rounded(found.model_dump(exclude={"margin", "rows"}))}
-    return {
-        "recipe": recipe.name,
-        "teacher": recipe.teacher.identity,
-        "student": recipe.student.model,
-        "dataset": {"name": recipe.dataset.name, **{split: len(examples) for split, examples in rows.items()}},
-        "test_rows": len(scored[DISTILLED].ids),
-        "systems": {name: found.summary() for name, found in scored.items()},
-        "comparisons": comparisons,
-        "bootstrap": settings,
-        "shots": [shot.id for shot in shots],
-        "metrics": METRICS,
-        "stages": _stages(run),
-        "notes": _notes(run, rows["test"], scored),
-        "versions": versions(),
-    }
+    rule, settings = recipe.promote, {"resamples": recipe.evaluate.resamples, "seed": recipe.evaluate.seed}
+    examples = {e.id: e for e in rows["test"]}
+    compared = compare_all(scored, DISTILLED, rule.metric, alone=[REFERENCE], **settings)
+    decision = decide(scored, recipe)
+    by_row = scored_rows(scored, examples, rule.metric)
+    return Report(
+        recipe=recipe.name,
+        teacher=recipe.teacher.identity,
+        student=recipe.student.model,
+        dataset={"name": recipe.dataset.hub or recipe.dataset.name, **{split: len(found) for split, found in rows.items()}},
+        metric=rule.metric,
+        baseline=rule.baseline,
+        test_rows=len(scored[DISTILLED].ids),
+        systems={system.name: _system(system, scored[system.name], compared) for system in evaluated.systems},
+        not_scored=evaluated.not_scored,
+        comparisons=[found.model_copy(update=_rounded(found)) for found in compared.first],
+        pairs=[found.model_copy(update=_rounded(found)) for found in compared.pairs],
+        **settings,
+        shots=list(next((system.shots for system in evaluated.systems if system.shots), ())),
+        metrics=definitions(scored[DISTILLED].metrics),
+        training=_training(run),
+        by_length=by_length(by_row),
+        by_type=by_type(by_row),
+        rows=by_row,
+        overlaps=[Overlapping(**overlap.model_dump(), allowed=True) for overlap in overlaps],
+        judge=judge,
+        gate=Gate(rule=rule.model_dump(mode="json"), passed=decision.passed, reasons=[*decision.failed, *decision.met]),
+        stages=_stages(run),
+        inputs=[ref for name in ("dataset", "model") if (made := run.manifest(name)) for ref in made.outputs],
+        settings=recipe.model_dump(mode="json"),
+        versions=versions(),
+        notes=[*_notes(run, rows["test"], evaluated, scored, overlaps), *more_notes],
+    )
 
 
-def _notes(run: Run, test: Sequence[Example], scored: Mapping[str, Scored]) -> list[str]:
-    ours, metric = scored[DISTILLED], run.recipe.promote.metric
-    notes = ["Intervals speak of the choice of test rows, not of the luck of one training seed; no p is corrected for their number."]
+def definitions(metrics: Mapping[str, Metric] = METRICS) -> dict[str, Definition]:
+    """How every metric of a report is computed."""
+    found = {m.name: Definition(label=m.label, definition=m.definition, better=m.better, points=m.points) for m in metrics.values()}
+    for name, definition in DESCRIPTIVE.items():
+        found[name] = Definition(label=name.replace("distinct", "distinct-"), definition=definition, better="neither", points=True)
+    return found
+
+
+def _system(system: System, found: Scored, compared: Compared) -> SystemReport:
+    scores = {}
+    for metric, value in found.values().items():
+        ends = compared.intervals[system.name].get(metric)
+        scores[metric] = Score(value=value, low=round(ends[0], 6), high=round(ends[1], 6)) if ends else Score(value=value)
+    return SystemReport(
+        group=system.group,
+        about=system.about,
+        scores=scores,
+        mean_words=round(found.mean_words, 2),
+        empty=found.empty,
+        cut_off=found.cut_off,
+    )
+
+
+def _notes(run: Run, test: Sequence[Example], evaluated: Evaluated, scored: Mapping[str, Scored], overlaps: Sequence[Overlap]) -> list[str]:
+    ours, metric, rule = scored[DISTILLED], run.recipe.promote.metric, run.recipe.promote
+    notes = [
+        "Intervals and p values speak of the choice of test rows, not of the luck of one training seed.",
+        "p_holm is corrected for the other systems compared with in the same metric, not for the number of metrics; the gate looks at one "
+        f"comparison alone ({rule.metric} over {rule.baseline}), so nothing is corrected there.",
+    ]
     if len(ours.ids) < FEW_ROWS:
         notes.append(f"Only {len(ours.ids)} test rows: intervals and p values of so few rows are too hopeful.")
+    if row_metric(metric) != metric:
+        notes.append(f"{metric} is a corpus score: single rows, lengths and question types are scored by {row_metric(metric)}.")
     with_subject = sum(subject(e.question) is not None for e in test)
     notes.append(f"subject-template: {with_subject} of {len(test)} messages have a SUBJECT line; the others give their first sentence.")
     if unscored := len(test) - len(ours.ids):
@@ -79,8 +115,41 @@ def _notes(run: Run, test: Sequence[Example], scored: Mapping[str, Scored]) -> l
         notes.append(f"The distilled student does not beat {', '.join(beaten)} in {metric}: that needs no model at all.")
     if run.recipe.student.model.startswith("random:"):
         notes.append("The student began from random weights: this run shows that the parts fit together, and nothing about learning.")
+    if overlaps:
+        notes.append(
+            f"{len(overlaps)} test rows share text with rows that were learned from, and were allowed to by evaluate.allow_overlap."
+        )
     notes += [f"{name}: {found.empty} of {len(found.ids)} answers are empty and score 0." for name, found in scored.items() if found.empty]
+    notes += [f"{name} is not scored: {why}." for name, why in evaluated.not_scored.items()]
     return notes
+
+
+def _training(run: Run) -> list[TrainingRound]:
+    """What each round has logged."""
+    return [
+        TrainingRound(round=number, steps=_thinned(_lines(folder / "log.jsonl")), validation=_validations(folder))
+        for number in range(run.recipe.train.rounds)
+        if (folder := run.path / f"checkpoints/r{number}").is_dir()
+    ]
+
+
+def _validations(folder: Path) -> list[dict[str, float]]:
+    return [{"step": row["step"], "rougeL": row["rouge_l"]} for row in _lines(folder / "validation.jsonl") if "rouge_l" in row]
+
+
+def _lines(file: Path) -> list[dict[str, float]]:
+    """The numbers of each line of a log; nothing where there is none. Raises DataError."""
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in rows]
+    except (OSError, ValueError, AttributeError) as exc:
+        raise DataError(f"{file}: not a readable training log: {exc}; move it away to report without it") from exc
+
+
+def _thinned(steps: list[dict[str, float]]) -> list[dict[str, float]]:
+    """At most MOST_STEPS of them, evenly, the last among them."""
+    every = -(-len(steps) // MOST_STEPS) if steps else 1
+    return steps[(len(steps) - 1) % every :: every]
 
 
 def _stages(run: Run) -> dict[str, dict[str, Any]]:
@@ -88,13 +157,13 @@ def _stages(run: Run) -> dict[str, dict[str, Any]]:
     found = []
     for file in sorted({*run.path.glob("*/manifest.json"), *run.path.glob("*/*/manifest.json")}):
         try:
-            manifest = Manifest.model_validate_json(file.read_bytes())
-        except (OSError, ValidationError) as exc:
+            manifest = Manifest.model_validate(read_json(file))
+        except ValidationError as exc:
             raise DataError(f"{file} is no manifest of a stage: {exc}; delete it and run that stage again") from exc
         if manifest.stage != "evaluation":
             found.append(manifest)
     return {m.stage: {"seconds": m.seconds, "counts": m.counts} for m in sorted(found, key=lambda m: m.started_at)}
 
 
-def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
+def _rounded(found: Any) -> dict[str, Any]:
+    return {name: round(value, 6) for name, value in found.model_dump().items() if isinstance(value, float)}

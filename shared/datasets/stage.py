@@ -11,6 +11,7 @@ from typing import get_args
 from shared.artifacts import Run, Stage, read_jsonl, write_jsonl
 from shared.contracts import Example, Split
 from shared.datasets.load import load
+from shared.datasets.overlap import overlaps, refuse_overlaps
 from shared.datasets.rows import Dataset
 from shared.errors import DataError, StorageError
 from shared.settings import cache_dir
@@ -23,7 +24,7 @@ def prepare(run: Run, dataset: Dataset | None = None) -> dict[Split, list[Exampl
     """The rows of a run by split; the first call writes RUN/dataset/ and prints one line, later ones read it and print nothing.
 
     `dataset`: the recipe's, where it is loaded already. Two processes may call it at once: one writes, the other waits and reads.
-    Raises RunMismatch, SettingsError, DataError, StorageError.
+    Raises RunMismatch, SettingsError, DataError, LeakageError if a test row shares text with one of another split, StorageError.
     """
     stage = None
     if run.manifest(STAGE) is None:
@@ -32,6 +33,8 @@ def prepare(run: Run, dataset: Dataset | None = None) -> dict[Split, list[Exampl
         stage = _open(run)
     Run.open(run.path, run.recipe)  # until a run has rows, another recipe may have taken it over
     if stage is not None and dataset is not None and not stage.complete:
+        # the evaluation would refuse it, after all that was paid
+        refuse_overlaps(overlaps(dataset.splits), run.recipe.evaluate.allow_overlap)
         _write(stage, dataset)
         print(describe(dataset), flush=True)
     return {split: read_jsonl(run.path / STAGE / f"{split}.jsonl", Example) for split in SPLITS}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,15 +17,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from evaluated import FakeStudent, FakeTeacher, export, exported_run
 
+from evaluator.report.contract import Report
 from evaluator.run import main
-from evaluator.stage import evaluate, score_again
-from evaluator.systems import SYSTEMS
-from shared.artifacts import read_jsonl
+from evaluator.stage import evaluate, is_complete, score_again
+from evaluator.systems import ALWAYS, TRIVIAL
+from shared.artifacts import Run, canonical, read_jsonl, write_jsonl
 from shared.contracts import Prediction, Response
 from shared.datasets.stage import prepare
-from shared.errors import DataError, EngineError, RequestRefused, SettingsError, StageOrder, TeacherUnavailable
+from shared.errors import DataError, EngineError, LeakageError, RequestRefused, SettingsError, StageOrder, TeacherUnavailable
 from shared.harvest.ledger import answer_files
 from shared.prompts import zero_shot
+from shared.settings import EvaluateSettings, PromoteSettings
 
 
 def unasked():
@@ -34,13 +38,16 @@ def references(run):
     return {zero_shot(run.recipe.task, e.question): e.summary for e in prepare(run)["test"]}
 
 
-def run_stage(run, *, teacher=None, base=None, distilled=None):
-    """Evaluate with fakes; a fake that is not given must not be needed."""
+def run_stage(run, *, teacher=None, base=None, distilled=None, others=(), systems=(), judge=None):
+    """Evaluate with fakes; a fake that is not given must not be needed. others: by serving folder; systems: by name."""
+    students = {run.path / "model" / "serving": distilled, **dict(others)}
     evaluate(
         run.stage("evaluation", ["dataset", "model"]),
         open_teacher=(lambda: teacher) if teacher else unasked,
         load_base=(lambda: base) if base else unasked,
-        load_distilled=(lambda: distilled) if distilled else unasked,
+        load=lambda folder: students[folder] or unasked(),
+        open_system=lambda system: dict(systems)[system.name],
+        open_judge=lambda settings: judge or unasked(),
     )
 
 
@@ -59,6 +66,10 @@ def report(run):
     return json.loads((run.path / "evaluation" / "report.json").read_text())
 
 
+def value(run, system, metric="rougeL"):
+    return report(run)["systems"][system]["scores"][metric]["value"]
+
+
 @pytest.fixture
 def run(tmp_path):
     return exported_run(tmp_path / "run")
@@ -68,8 +79,8 @@ def test_every_system_answers_every_test_row_once_and_in_order(run):
     run_all(run)
     predictions = read_jsonl(run.path / "evaluation" / "predictions.jsonl", Prediction)
     ids = [e.id for e in prepare(run)["test"]]
-    assert [(p.system, p.example_id) for p in predictions] == [(system, i) for system in SYSTEMS for i in ids]
-    assert list(report(run)["systems"]) == list(SYSTEMS)
+    assert [(p.system, p.example_id) for p in predictions] == [(system, i) for system in ALWAYS for i in ids]
+    assert list(report(run)["systems"]) == list(ALWAYS)
     assert run.stage("evaluation", ["dataset", "model"]).complete
 
 
@@ -77,13 +88,15 @@ def test_the_report_scores_the_perfect_system_one_and_tells_it_from_its_former_s
     run_all(run)
     found = report(run)
     assert found["test_rows"] == 40
-    assert [found["systems"]["distilled"][m] for m in ("rouge1", "rougeL", "bleu")] == pytest.approx([1, 1, 1])
-    assert all(0 <= s[m] <= 1 for s in found["systems"].values() for m in ("rouge1", "rouge2", "rougeL", "bleu"))
-    gain = found["comparisons"]["student-zero-shot"]
-    assert gain["gain"] == pytest.approx(1 - found["systems"]["student-zero-shot"]["rougeL"], abs=1e-5)
+    assert [value(run, "distilled", m) for m in ("rouge1", "rougeL", "bleu", "chrf", "exact_match")] == pytest.approx([1] * 5)
+    assert all(0 <= s["scores"][m]["value"] <= 1 for s in found["systems"].values() for m in ("rouge1", "rougeL", "bleu", "copied"))
+    gain = next(c for c in found["comparisons"] if (c["theirs"], c["metric"]) == ("student-zero-shot", "rougeL"))
+    assert gain["gain"] == pytest.approx(1 - value(run, "student-zero-shot"), abs=1e-5)
     assert 0 < gain["low"] < gain["gain"] < gain["high"]
-    assert gain["p"] < 0.01
-    assert "distilled" not in found["comparisons"]
+    assert gain["p"] <= gain["p_holm"] < 0.05
+    assert not {"distilled", "reference"} & {c["theirs"] for c in found["comparisons"]}
+    assert found["gate"]["passed"]
+    assert Report.model_validate(found).model_dump(mode="json") == found
 
 
 def test_few_shot_systems_are_shown_the_shots_and_zero_shot_systems_none(run):
@@ -131,7 +144,7 @@ def test_a_newly_exported_student_answers_anew_and_the_others_are_not_asked_agai
     export(run, "other weights")
     assert not run.stage("evaluation", ["dataset", "model"]).complete
     run_stage(run, distilled=FakeStudent(lambda prompt: "no idea"))
-    assert report(run)["systems"]["distilled"]["rougeL"] == 0.0
+    assert value(run, "distilled") == 0.0
 
 
 def test_refused_empty_and_too_long_prompts_score_zero_and_are_counted(run):
@@ -144,7 +157,7 @@ def test_refused_empty_and_too_long_prompts_score_zero_and_are_counted(run):
     run_stage(run, teacher=teacher, base=base, distilled=FakeStudent(lambda prompt: right[prompt]))
     systems = report(run)["systems"]
     assert systems["teacher-zero-shot"]["empty"] == 2
-    assert systems["teacher-zero-shot"]["rougeL"] == pytest.approx(38 / 40)
+    assert value(run, "teacher-zero-shot") == pytest.approx(38 / 40)
     assert systems["student-zero-shot"]["empty"] == 0
     assert systems["student-few-shot"]["empty"] == len(right) - sum(len(r.messages or ()) > 1 for r in base.asked) > 0
     assert any("teacher-zero-shot: 2 of 40 answers are empty" in note for note in report(run)["notes"])
@@ -155,7 +168,7 @@ def test_refused_empty_and_too_long_prompts_score_zero_and_are_counted(run):
 def test_scores_alone_can_be_computed_again_and_come_out_the_same(run):
     run_all(run)
     folder = run.path / "evaluation"
-    before = {name: (folder / name).read_bytes() for name in ("report.json", "report.html")}
+    before = {name: (folder / name).read_bytes() for name in ("report.json", "report.html", "report.md")}
     for name in before:
         (folder / name).unlink()
     score_again(run.stage("evaluation", ["dataset", "model"]))
@@ -176,7 +189,7 @@ def test_predictions_with_a_row_missing_are_refused(run):
     run_all(run)
     file = run.path / "evaluation" / "predictions.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(DataError, match="student-zero-shot: the stored predictions are not one for each test row"):
+    with pytest.raises(DataError, match=r"student-zero-shot: .* not answered"):
         score_again(run.stage("evaluation", ["dataset", "model"]))
 
 
@@ -188,6 +201,174 @@ def test_a_test_split_without_references_is_refused_with_the_setting_that_names_
     student = FakeStudent(lambda prompt: "What?")
     with pytest.raises(DataError, match=r"dataset\.summary_column"):
         run_stage(run, teacher=FakeTeacher(lambda prompt: "What?"), base=student, distilled=student)
+
+
+def answering(run, **systems):
+    """The fakes of `run_all`, and what more is given."""
+    right = references(run)
+    return {
+        "teacher": FakeTeacher(lambda prompt: right[prompt]),
+        "base": FakeStudent(lambda prompt: "What is it?"),
+        "distilled": FakeStudent(lambda prompt: right[prompt]),
+        **systems,
+    }
+
+
+def reopened(run, **changes):
+    """The run with other settings of how it is judged."""
+    return Run.open(run.path, run.recipe.model_copy(update={"evaluate": EvaluateSettings(resamples=500, **changes)}))
+
+
+def test_every_answer_is_stored_with_the_hash_of_its_prompt_and_every_system_with_its_decoding_and_shots(run):
+    run_all(run)
+    predictions = read_jsonl(run.path / "evaluation" / "predictions.jsonl", Prediction)
+    first = next(p for p in predictions if p.system == "student-zero-shot")
+    example = next(e for e in prepare(run)["test"] if e.id == first.example_id)
+    turns = [{"role": "user", "content": zero_shot(run.recipe.task, example.question)}]
+    assert first.prompt_sha256 == hashlib.sha256(canonical(turns)).hexdigest()
+    assert all((p.prompt_sha256 is None) == (p.system in (*TRIVIAL, "reference")) for p in predictions)
+    systems = {s["name"]: s for s in json.loads((run.path / "evaluation" / "systems.json").read_text())["systems"]}
+    assert systems["teacher-few-shot"]["decoding"]["max_tokens"] == 48
+    assert systems["teacher-few-shot"]["shots"] == systems["student-few-shot"]["shots"] == report(run)["shots"]
+    assert systems["distilled"]["model"].startswith("sha256:")
+
+
+def test_the_reference_is_the_ceiling_in_every_metric_in_which_more_is_better(run):
+    run_all(run)
+    for metric, definition in report(run)["metrics"].items():
+        if definition["better"] == "higher":
+            assert value(run, "reference", metric) == pytest.approx(1.0), metric
+
+
+def test_the_student_of_every_earlier_round_is_evaluated_and_one_that_was_never_made_servable_is_named(tmp_path):
+    run = exported_run(tmp_path / "run", train={"rounds": 3})
+    folder = run.path / "responses" / "student-r1" / "serving"
+    shutil.copytree(run.path / "model" / "serving", folder)
+    run.stage("responses/student-r1").finish([folder], settings={})
+    run_stage(run, **answering(run), others={folder: FakeStudent(lambda prompt: "What is this?")})
+    found = report(run)
+    assert [name for name in found["systems"] if name.startswith("distilled")] == ["distilled-r0", "distilled"]
+    assert found["systems"]["distilled-r0"]["about"] == "the student after round 1 of 3"
+    assert "round 2 was not sampled" in found["not_scored"]["distilled-r1"]
+
+
+def test_systems_by_url_by_run_and_by_file_are_compared_like_all_others(run, tmp_path):
+    other = exported_run(tmp_path / "sft", weights="sft")
+    lines = [{"example_id": e.id, "text": e.summary, "more": 1} for e in prepare(run)["test"]] + [{"example_id": "else", "text": "x"}]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = reopened(
+        run,
+        systems=[
+            {"name": "mistral", "url": "http://127.0.0.1:9/v1", "model": "mistral-7b", "few_shot": True},
+            {"name": "sft", "run": other.path},
+            {"name": "theirs", "predictions": tmp_path / "answers.jsonl"},
+        ],
+    )
+    mistral, sft = FakeTeacher(lambda prompt: "What is gout?"), FakeStudent(lambda prompt: "What is that?")
+    run_stage(run, **answering(run), others={other.path / "model" / "serving": sft}, systems={"mistral": mistral})
+    found = report(run)
+    assert list(found["systems"])[5:8] == ["mistral", "sft", "theirs"]
+    assert all(found["systems"][name]["group"] == "extra" for name in ("mistral", "sft", "theirs"))
+    assert (mistral.asked, len(sft.asked), mistral.closed) == (40, 40, True)
+    assert value(run, "theirs") == pytest.approx(1.0)
+    assert {"mistral", "sft", "theirs"} <= {c["theirs"] for c in found["comparisons"]}
+
+
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        (lambda lines: lines[2:], "not answered"),
+        (lambda lines: [*lines, lines[0]], "answered more than once"),
+    ],
+)
+def test_a_file_without_exactly_one_answer_to_each_row_is_not_scored_and_the_rows_are_named(run, tmp_path, edit, why):
+    lines = [{"example_id": e.id, "text": "What?"} for e in prepare(run)["test"]]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in edit(lines)))
+    run = reopened(run, systems=[{"name": "theirs", "predictions": tmp_path / "answers.jsonl"}])
+    run_stage(run, **answering(run))
+    found = report(run)
+    assert "theirs" not in found["systems"]
+    assert why in found["not_scored"]["theirs"]
+    assert lines[0]["example_id"] in found["not_scored"]["theirs"]
+    assert any("theirs is not scored" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(b"\xff\xfe", "not UTF-8"), (b'{"example_id": "a"}\n', "line 1: text"), (None, "No such file")],
+)
+def test_a_file_that_cannot_be_read_ends_the_evaluation_before_anybody_is_asked(run, tmp_path, content, why):
+    if content is not None:
+        (tmp_path / "answers.jsonl").write_bytes(content)
+    run = reopened(run, systems=[{"name": "theirs", "predictions": tmp_path / "answers.jsonl"}])
+    with pytest.raises(DataError, match=f"answers.jsonl.*{why}"):
+        run_stage(run)
+
+
+def test_a_run_that_was_never_exported_and_a_name_that_is_taken_are_refused_with_the_setting(run, tmp_path):
+    with pytest.raises(StageOrder, match=r"evaluate\.systems: sft: .*no exported student"):
+        run_stage(reopened(run, systems=[{"name": "sft", "run": tmp_path}]), **answering(run))
+    with pytest.raises(SettingsError, match=r"evaluate\.systems: constant is the name of a system"):
+        run_stage(reopened(run, systems=[{"name": "constant", "url": "http://127.0.0.1:9/v1"}]))
+
+
+def test_an_unknown_baseline_is_refused_before_anybody_is_asked(tmp_path):
+    run = exported_run(tmp_path / "run", promote={"baseline": "sft"})
+    with pytest.raises(SettingsError, match=r"promote\.baseline: 'sft'"):
+        run_stage(run)
+
+
+def test_another_rule_makes_the_evaluation_anew_from_the_answers_it_has(run, tmp_path, capsys):
+    run_all(run)
+    other = Run.open(run.path, run.recipe.model_copy(update={"promote": PromoteSettings(metric="bleu")}))
+    assert not is_complete(other.stage("evaluation", ["dataset", "model"]))
+    run_stage(other)  # nobody is asked
+    assert is_complete(other.stage("evaluation", ["dataset", "model"]))
+    assert report(run)["metric"] == "bleu"
+    assert {c["metric"] for c in report(run)["pairs"]} == {"bleu"}
+    assert any("bleu is a corpus score" in note for note in report(run)["notes"])
+
+
+def test_test_rows_that_were_learned_from_end_the_evaluation_unless_allowed_by_name_and_show_in_the_report(run):
+    rows = prepare(run)
+    leaked = [rows["test"][0].model_copy(update={"id": "leak"}), *rows["train"]]
+    write_jsonl(run.path / "dataset" / "train.jsonl", leaked)
+    with pytest.raises(LeakageError, match=f"{rows['test'][0].id} is a copy of leak"):
+        run_stage(run)
+    allowed = reopened(run, allow_overlap=[rows["test"][0].id])
+    run_stage(allowed, **answering(run))
+    assert [(o["test_id"], o["other_id"], o["allowed"]) for o in report(run)["overlaps"]] == [(rows["test"][0].id, "leak", True)]
+    assert any("1 test rows share text" in note for note in report(run)["notes"])
+
+
+def test_a_judge_is_asked_in_both_orders_and_its_verdicts_are_read_from_the_ledger_without_it(run):
+    right = references(run)
+    run = reopened(run, judge={"url": "http://127.0.0.1:9/v1", "model": "judge", "against": ["student-zero-shot", "constant"]})
+
+    def prefer_the_right_one(prompt):
+        first = prompt.partition("<<<ANSWER A>>>\n")[2].partition("\n<<<END")[0]
+        return "A" if first in right.values() else "B"
+
+    judge = FakeTeacher(prefer_the_right_one)
+    run_stage(run, **answering(run), judge=judge)
+    (of_base, of_constant) = report(run)["judge"]["verdicts"]
+    assert (of_base["theirs"], of_base["wins"], of_base["unreadable"]) == ("student-zero-shot", 40, 0)
+    assert of_constant["wins"] + of_constant["ties"] + of_constant["losses"] == 40
+    asked = judge.asked
+    run_stage(run)
+    score_again(run.stage("evaluation", ["dataset", "model"]))
+    assert judge.asked == asked
+    assert len(report(run)["judge"]["verdicts"]) == 2
+
+
+def test_a_judge_of_an_unknown_system_is_refused_before_anybody_is_asked(run):
+    with pytest.raises(SettingsError, match=r"evaluate\.judge\.against: nobody"):
+        run_stage(reopened(run, judge={"url": "http://127.0.0.1:9/v1", "model": "judge", "against": ["nobody"]}))
+
+
+def test_bertscore_without_a_folder_of_a_model_is_refused_before_anybody_is_asked(run, tmp_path):
+    with pytest.raises(SettingsError, match=r"evaluate\.bertscore\.model"):
+        run_stage(reopened(run, bertscore={"model": tmp_path}))
 
 
 def recipe_file(run, path):

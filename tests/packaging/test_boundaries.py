@@ -59,7 +59,7 @@ def test_the_wheel_holds_our_packages_with_their_data_and_nothing_else(tmp_path:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     adapter = {f"shared/embedded/adapter/{file}" for file in ("adapter_model.safetensors", "adapter_config.json", "rows.json", "README.md")}
-    assert names >= {"shared/datasets/sample.jsonl", "evaluator/report/page.html.j2", *adapter}
+    assert names >= {"shared/datasets/sample.jsonl", *(f"evaluator/report/page.{kind}" for kind in ("html.j2", "css", "js")), *adapter}
     top = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"shared", "teacher_service", "student_trainer", "evaluator"}
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
+import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from evaluator.metrics import corpus
 from evaluator.metrics.bleu import bleu, bleu_counts, bleu_of_counts
+from evaluator.metrics.metric import Answered
 from evaluator.metrics.rouge import rouge_l, rouge_rows, words
+from evaluator.metrics.table import MAIN, METRICS
+from evaluator.scores import distinct
+from shared.datasets.load import load
+from shared.settings import DatasetSettings
 
 TEXTS = st.lists(st.sampled_from(["the", "cat", "cats", "treatment", "treatments", "of", "?"]), max_size=9).map(" ".join)
 
@@ -73,6 +79,71 @@ def test_bleu_of_no_matching_word_and_of_empty_answers_is_zero():
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6))
 @settings(max_examples=200, deadline=None)
 def test_summed_row_counts_give_the_same_bleu_as_nltk_on_the_whole_corpus(rows):
-    counts = np.stack([bleu_counts(ours, theirs) for ours, theirs in rows])
     ours, theirs = zip(*rows, strict=True)
-    assert float(bleu_of_counts(counts.sum(axis=0))) == pytest.approx(bleu(ours, theirs), abs=1e-12)
+    assert float(bleu_of_counts(bleu_counts(ours, theirs).sum(axis=0), len(rows))) == pytest.approx(bleu(ours, theirs), abs=1e-12)
+
+
+SIGNED = st.lists(
+    st.sampled_from(["the", "cat", "Cat's", "treatments", "of", "?", "1,000", "(e.g.", "naïve", "&quot;", "x-ray", " ", "\u00a0"]),
+    max_size=9,
+).map(" ".join)
+
+
+@given(st.lists(st.tuples(SIGNED, SIGNED), min_size=1, max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_summed_row_counts_give_sacrebleus_own_bleu_and_chrf_of_the_whole_corpus(rows):
+    ours, theirs = (list(texts) for texts in zip(*rows, strict=True))
+    blue = float(corpus.bleu_of_counts(corpus.bleu_counts(ours, theirs).sum(axis=0), len(rows)))
+    assert blue == pytest.approx(sacrebleu.corpus_bleu(ours, [theirs]).score / 100, abs=1e-9)
+    chrf = float(corpus.chrf_of_counts(corpus.chrf_counts(ours, theirs).sum(axis=0), len(rows)))
+    assert chrf == pytest.approx(sacrebleu.corpus_chrf(ours, [theirs]).score / 100, abs=1e-9)
+
+
+def test_scores_of_the_embedded_questions_are_the_packages_own():
+    examples = [e for split in load(DatasetSettings(), None).splits.values() for e in split]
+    answers = [Answered(e.question, e.summary, " ".join(e.question.split()[:12])) for e in examples]
+    texts, references = [a.text for a in answers], [a.reference for a in answers]
+    scores = {name: METRICS[name].score(METRICS[name].statistics(answers)) for name in (*MAIN, "rougeLsum")}
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
+    own = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
+    for name in scorer.rouge_types:
+        assert scores[name] == pytest.approx(sum(row[name].fmeasure for row in own) / len(own), abs=1e-9)
+    assert scores["bleu"] == pytest.approx(bleu(texts, references), abs=1e-9)
+    assert scores["sacrebleu"] == pytest.approx(sacrebleu.corpus_bleu(texts, [references]).score / 100, abs=1e-9)
+    assert scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts, [references]).score / 100, abs=1e-9)
+    assert all(0 < score < 1 for score in scores.values())
+
+
+def test_the_signatures_are_sacrebleus_and_name_its_version():
+    found = corpus.signatures()
+    assert found["sacrebleu"] == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
+    assert found["chrf"].startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+
+
+def measured(metric, *rows):
+    found = METRICS[metric]
+    return found.score(found.statistics([Answered(*row) for row in rows]))
+
+
+def test_an_answer_is_exact_but_for_case_spaces_and_punctuation():
+    assert measured("exact_match", ("q", "What is gout?", " what is GOUT"), ("q", "What is gout?", "what gout is")) == 0.5
+
+
+def test_the_length_ratio_is_all_words_by_all_words():
+    assert measured("length_ratio", ("q", "a b c d", "a"), ("q", "a b", "a b c d e")) == 1.0
+
+
+def test_of_three_3_grams_of_answers_one_stands_in_its_question():
+    rows = (("I have had gout for years", "r", "had gout for ever"), ("had gout for", "r", "it is not"), ("q", "r", "too short"))
+    assert measured("copied", *rows) == pytest.approx(1 / 3)
+
+
+def test_empty_and_cut_off_answers_are_shares():
+    assert measured("empty", ("q", "r", " \n"), ("q", "r", "x"), ("q", "r", "y"), ("q", "r", "z")) == 0.25
+    assert measured("cut_off", ("q", "r", "x", "length"), ("q", "r", "x", "stop"), ("q", "r", "x", None)) == pytest.approx(1 / 3)
+
+
+def test_of_four_words_two_are_different_and_of_two_pairs_one():
+    assert distinct(["a b", "A b"], 1) == 0.5
+    assert distinct(["a b", "A b"], 2) == 0.5
+    assert distinct(["", ""], 1) == 0.0

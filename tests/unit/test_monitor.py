@@ -161,8 +161,9 @@ def test_scores_the_gain_over_the_baseline_and_the_promoted_version_are_told(ful
     found = scrape(RunMetrics(full.parent))
     report = json.loads((full / "evaluation" / "report.json").read_text())
     scores = found["distill_evaluation_score"]
-    assert scores == {("mine", s, m): v[m] for s, v in report["systems"].items() for m in ("rouge1", "rouge2", "rougeL", "bleu")}
-    gain, of_baseline = report["comparisons"]["student-zero-shot"], ("mine", "student-zero-shot", "rougeL")
+    assert scores == {("mine", s, m): v["value"] for s, of in report["systems"].items() for m, v in of["scores"].items()}
+    gain = next(c for c in report["comparisons"] if (c["theirs"], c["metric"]) == ("student-zero-shot", "rougeL"))
+    of_baseline = ("mine", "student-zero-shot", "rougeL")
     for end, value in (("", gain["gain"]), ("_low", gain["low"]), ("_high", gain["high"])):
         assert found[f"distill_evaluation_gain{end}"] == {of_baseline: value}
     pointer = json.loads((full / "registry" / "current.json").read_text())
@@ -193,12 +194,12 @@ def test_a_registry_outside_the_runs_is_told_without_a_run_and_its_history_is_co
 @pytest.mark.parametrize(
     ("file", "content", "lost"),
     [
-        ("run.json", b"{", ("distill_harvest_wanted", "distill_training_wanted", "distill_evaluation_gain")),
+        ("run.json", b"{", ("distill_harvest_wanted", "distill_training_wanted")),
         ("dataset/manifest.json", b"\xff", ()),
         ("responses/teacher/responses.jsonl", b"{}\n", ()),
         ("checkpoints/r0/log.jsonl", b'{"step": 1}\n', ("distill_training",)),
         ("checkpoints/r0/log.jsonl", json.dumps({**STEP, "epoch": 0}).encode() + b"\n", ("distill_training",)),
-        ("evaluation/report.json", b'{"systems": [], "comparisons": {}}', ("distill_evaluation",)),
+        ("evaluation/report.json", b'{"systems": [], "comparisons": []}', ("distill_evaluation",)),
         ("registry/current.json", b"{}", ("distill_promoted",)),
         ("registry/history.jsonl", b"{}\n", ("distill_registry",)),
         ("registry/format.json", b'{"format": 2}', ("distill_promoted", "distill_registry")),

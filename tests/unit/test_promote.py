@@ -5,28 +5,20 @@ from __future__ import annotations
 import json
 
 import pytest
-from evaluated import export, exported_run
+from evaluated import export, exported_run, recipe
 from huggingface_hub import ModelCard
 
 import evaluator.run
 from evaluator import rollback
-from evaluator.promote import in_numbers, main, promote, refusal
-from evaluator.significance import Comparison
-from evaluator.systems import SYSTEMS
+from evaluator.promote import main, promote
+from evaluator.systems import ALWAYS, Evaluated, System
 from shared import registry as store
-from shared.artifacts import sha256_file, write_jsonl
+from shared.artifacts import Run, sha256_file, write_json, write_jsonl
 from shared.cli import main as cli
 from shared.contracts import Prediction
 from shared.datasets.stage import prepare
 from shared.errors import DataError, PromotionRefused, RunMismatch, SettingsError, StageOrder
-from shared.settings import PromoteSettings
-
-RULE = PromoteSettings(margin=0.01)
-
-
-def comparison(**changes):
-    values = {"gain": 0.10, "low": 0.04, "high": 0.16, "p": 0.001, "margin": 0.01, "rows": 80}
-    return Comparison(**{**values, **changes})
+from shared.settings import evaluation_settings
 
 
 def evaluated_run(path, *, better: bool = True, **changes):
@@ -37,39 +29,14 @@ def evaluated_run(path, *, better: bool = True, **changes):
     def text(system, index, example):
         return example.summary if index % 2 and (system == "distilled" or not better) else "What is it?"
 
-    predictions = [Prediction(system=s, example_id=e.id, text=text(s, i, e)) for s in SYSTEMS for i, e in enumerate(test)]
+    predictions = [Prediction(system=s, example_id=e.id, text=text(s, i, e)) for s in ALWAYS for i, e in enumerate(test)]
     write_jsonl(stage.path / "predictions.jsonl", predictions)
-    (stage.path / "report.html").write_text("report")
-    stage.finish([stage.path / "predictions.jsonl", stage.path / "report.html"], settings={})
+    systems = [System(name=name, group="distilled" if name == "distilled" else "trivial", about="a test") for name in ALWAYS]
+    write_json(stage.path / "systems.json", Evaluated(systems=tuple(systems)).model_dump(mode="json"))
+    for name in ("report.html", "report.json", "report.md"):
+        (stage.path / name).write_text("report")
+    stage.finish([file for file in stage.path.iterdir() if file.is_file()], settings=evaluation_settings(run.recipe))
     return run
-
-
-def test_a_gain_above_the_margin_with_a_small_p_is_enough():
-    assert refusal(comparison(), RULE) is None
-
-
-def test_a_refusal_says_the_gain_the_rows_the_interval_and_the_p_that_were_not_enough():
-    reason = refusal(comparison(gain=0.02, low=-0.01, p=0.2), RULE)
-    assert "rougeL +2.0 points over student-zero-shot on 80 test rows" in reason
-    assert "95% interval -1.0 to +16.0, p = 0.2000" in reason
-    assert "p is not below 0.05" in reason
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"p": 0.05}, "p is not below"),
-        ({"gain": 0.01, "p": 0.001}, "the gain is not above 1 points"),
-        ({"gain": -0.3, "p": 1.0}, "the gain is not above"),
-        ({"low": None, "high": None, "p": None, "note": "one test row tells nothing"}, "one test row tells nothing"),
-    ],
-)
-def test_the_edge_of_the_rule_and_everything_below_it_is_refused(changes, why):
-    assert why in refusal(comparison(**changes), RULE)
-
-
-def test_without_a_margin_none_is_spoken_of():
-    assert "margin" not in in_numbers(comparison(margin=0.0), PromoteSettings())
 
 
 def test_a_better_student_is_promoted_with_its_card_its_report_and_its_task(tmp_path):
@@ -77,10 +44,11 @@ def test_a_better_student_is_promoted_with_its_card_its_report_and_its_task(tmp_
     promoted = promote(run, tmp_path / "registry")
     assert store.current(tmp_path / "registry") == promoted
     assert promoted.task == run.recipe.task.model_dump(mode="json")
-    assert set(promoted.scores) == {"rouge1", "rouge2", "rougeL", "bleu"}
+    assert set(promoted.scores) == {"rouge1", "rouge2", "rougeL", "bleu", "sacrebleu", "chrf"}
     assert promoted.run == str(run.path.resolve())
     version = tmp_path / "registry" / "versions" / promoted.version
-    assert {"README.md", "report.html", "serving"} <= {p.name for p in version.iterdir()}
+    kept = {"report.html", "report.json", "report.md", "predictions.jsonl", "systems.json", "test.jsonl"}
+    assert {"README.md", "serving", *kept} <= {p.name for p in version.iterdir()}
 
 
 def test_the_registry_keeps_the_card_with_scores_and_the_run_the_one_that_was_exported(tmp_path):
@@ -138,11 +106,29 @@ def test_a_model_exported_after_its_evaluation_is_not_promoted(tmp_path):
         promote(run, tmp_path / "registry")
 
 
-@pytest.mark.parametrize("name", ["model/serving/model.bin", "evaluation/predictions.jsonl"])
+def test_a_run_evaluated_under_another_rule_is_evaluated_again_before_it_is_promoted(tmp_path):
+    run = evaluated_run(tmp_path / "run")
+    other = Run.open(run.path, recipe(promote={"metric": "rouge1"}))
+    with pytest.raises(StageOrder, match="evaluated with other settings"):
+        promote(other, tmp_path / "registry")
+
+
+def test_a_refused_regression_is_told_with_the_metric_and_what_is_served_stays(tmp_path):
+    registry = tmp_path / "registry"
+    served = promote(evaluated_run(tmp_path / "good"), registry)
+    run = evaluated_run(tmp_path / "run", weights="b", promote={"min_rows": 41})
+    with pytest.raises(PromotionRefused, match=r"40 scored test rows: promote\.min_rows is 41"):
+        promote(run, registry)
+    assert store.current(registry) == served
+
+
+@pytest.mark.parametrize(
+    "name", ["model/serving/model.bin", "evaluation/predictions.jsonl", "evaluation/report.json", "dataset/test.jsonl"]
+)
 def test_a_file_changed_by_hand_after_the_evaluation_is_named_and_not_promoted(tmp_path, name):
     run = evaluated_run(tmp_path / "run")
     file = run.path / name
-    file.write_bytes(file.read_bytes()[:-2] + b"x\n")  # the same size, which a glance at the folder does not tell
+    file.write_bytes(file.read_bytes()[:-2] + b" \n")  # the same size, which a glance at the folder does not tell
     with pytest.raises(DataError, match=file.name):
         promote(run, tmp_path / "registry")
     assert store.current(tmp_path / "registry") is None

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from evaluator.card import with_scores
 from evaluator.scores import score
-from evaluator.systems import SYSTEMS
+from evaluator.systems import ALWAYS
 from shared.contracts import Example, Prediction
 from shared.errors import DataError
 
@@ -36,18 +36,18 @@ TEST = [
 def scored():
     """Of two rows the distilled student has one word for word and nothing of the other; nobody else has anything."""
     texts = {("distilled", "a"): TEST[0].summary}
-    return score([Prediction(system=s, example_id=e.id, text=texts.get((s, e.id), "nothing")) for s in SYSTEMS for e in TEST], TEST)
+    return score([Prediction(system=s, example_id=e.id, text=texts.get((s, e.id), "nothing")) for s in ALWAYS for e in TEST], TEST)
 
 
 def promoted(card: str, **changes) -> str:
     return with_scores(card, scored(), **{"name": "trial", "dataset": "meqsum", "verdict": "rougeL +50.0 points", **changes})
 
 
-def test_the_hub_reads_the_four_scores_of_the_distilled_student_on_the_test_rows():
+def test_the_hub_reads_the_main_scores_of_the_distilled_student_on_the_test_rows():
     read = ModelCard(promoted(CARD)).data
     assert (read.license, read.pipeline_tag, read.model_name) == ("apache-2.0", "text2text-generation", "trial")
     found = {result.metric_type: result.metric_value for result in read.eval_results}
-    assert found.keys() == {"rouge1", "rouge2", "rougeL", "bleu"}
+    assert found.keys() == {"rouge1", "rouge2", "rougeL", "bleu", "sacrebleu", "chrf"}
     assert [found[name] for name in ("rouge1", "rouge2", "rougeL")] == [0.5, 0.5, 0.5]
     result = read.eval_results[0]
     assert (result.task_type, result.dataset_type, result.dataset_split) == ("text2text-generation", "meqsum", "test")
@@ -59,7 +59,7 @@ def test_the_section_has_a_line_for_each_system_and_takes_the_place_of_the_one_w
     assert "None yet" not in text
     assert text.count("## Scores") == 1
     assert text.index("# trial") < text.index("## Scores") < text.index("| **distilled** | 50.0 | 50.0 | 50.0 |") < text.index("## Limits")
-    for name in SYSTEMS:
+    for name in ALWAYS:
         assert f"| {name} |" in text or f"| **{name}** |" in text
     assert "Promoted: rougeL +50.0 points." in text
     assert text.endswith("- many\n")
@@ -72,7 +72,7 @@ def test_scores_are_written_over_with_newer_ones():
 @pytest.mark.parametrize("card", ["", "# by hand\n", "---\n---\n# by hand", "# by hand\n\n## Scores\nnone"])
 def test_a_card_without_metadata_or_section_gets_both(card):
     read = ModelCard(promoted(card))
-    assert len(read.data.eval_results) == 4
+    assert len(read.data.eval_results) == 6
     assert read.text.count("## Scores") == 1
     assert "| **distilled** |" in read.text
     assert ("# by hand" in read.text) == ("# by hand" in card)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -130,10 +132,76 @@ def test_an_incomplete_serving_folder_is_refused_by_the_name_of_what_it_lacks(re
 
 def test_a_second_writer_is_refused_while_the_first_is_at_work(registry, tmp_path):
     promoted = promote(registry, folder(tmp_path, "a"))
-    with store._writing(registry):
-        with pytest.raises(StorageError, match="another process"):
+    with store._writing(registry, "promoting runs/other"):
+        with pytest.raises(StorageError, match=r"another process is promoting runs/other \(process \d+ on .*changed nothing"):
             promote(registry, folder(tmp_path, "b"))
         assert store.current(registry) == promoted  # a reader needs no lock
+
+
+def test_a_refusal_waits_for_the_promotion_under_way_instead_of_being_lost(registry, tmp_path):
+    promote(registry, folder(tmp_path, "a"))
+    with ThreadPoolExecutor() as pool:
+        with store._writing(registry, "promoting runs/other"):
+            noting = pool.submit(store.record_refusal, registry, reason="p = 0.4", run="runs/demo", scores={})
+            time.sleep(0.2)
+            assert not noting.done()
+        noting.result(20)
+    assert store.history(registry)[-1].reason == "p = 0.4"
+
+
+def test_a_writer_that_was_killed_keeps_nobody_out_and_is_not_named_later(registry, tmp_path):
+    promote(registry, folder(tmp_path, "a"))
+    killed("copying", registry, folder(tmp_path, "b"))
+    assert "promoting r (process" in (registry / ".writer").read_text()
+    promote(registry, folder(tmp_path, "c"))
+    assert (registry / ".writer").read_text() == ""
+
+
+def test_half_written_files_of_a_killed_promotion_are_removed_by_the_next(registry, tmp_path):
+    promote(registry, folder(tmp_path, "a"))
+    (registry / ".current.json.host.1.tmp").write_text('{"version"')
+    promote(registry, folder(tmp_path, "b"))
+    assert not list(registry.rglob("*.tmp"))
+
+
+def test_a_version_is_found_by_its_id_by_the_beginning_of_it_or_of_its_hash_and_by_two_words(registry, tmp_path):
+    a, b = (promote(registry, folder(tmp_path, weights)) for weights in "ab")
+    for promoted, word in ((a, "previous"), (b, "current")):
+        stamp, _, digest = promoted.version.partition("-")
+        for name in (word, promoted.version, f"{stamp}-{digest[:6]}", digest[:6]):
+            assert store.find(registry, name) == promoted
+
+
+@pytest.mark.parametrize("name", ["20", "ffff", "", "previous"])
+def test_a_name_that_fits_no_version_or_several_is_refused_with_those_there_are(registry, tmp_path, name):
+    a = promote(registry, folder(tmp_path, "a"))
+    if name == "previous":
+        with pytest.raises(DataError, match=f"nothing was served before version {a.version}"):
+            store.find(registry, name)
+        return
+    b = promote(registry, folder(tmp_path, "b"))
+    said = "may be any of" if name == "20" else "no version"
+    with pytest.raises(DataError, match=said) as caught:
+        store.find(registry, name)
+    assert a.version in str(caught.value)
+    assert b.version in str(caught.value)
+
+
+def test_in_an_empty_registry_nothing_is_found_and_that_is_said(registry):
+    with pytest.raises(DataError, match="nothing has been promoted"):
+        store.find(registry, "current")
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", "of another"])
+def test_a_damaged_version_is_an_error_in_its_place_and_the_others_are_told(registry, tmp_path, damage):
+    a, b = (promote(registry, folder(tmp_path, weights)) for weights in "ab")
+    file = registry / "versions" / a.version / "promoted.json"
+    file.write_text(b.model_dump_json() if damage == "of another" else damage)
+    found = store.versions(registry)
+    assert found[b.version] == b
+    assert str(file) in str(found[a.version])
+    with pytest.raises(DataError, match=r"promoted\.json"):
+        store.find(registry, a.version)
 
 
 def test_a_damaged_pointer_is_told_not_taken_for_an_empty_registry(registry, tmp_path):
@@ -159,6 +227,8 @@ def ways(registry, tmp_path):
         "history": lambda: store.history(registry),
         "promote": lambda: promote(registry, folder(tmp_path, "a")),
         "rollback": lambda: store.rollback(registry),
+        "versions": lambda: store.versions(registry),
+        "find": lambda: store.find(registry, "current"),
         "refusal": lambda: store.record_refusal(registry, reason="r", run="r", scores={}),
     }
 

@@ -1,31 +1,43 @@
-"""The report: the same numbers for a program, a browser and a terminal."""
+"""The report as data and as a table for a terminal: computed from stored predictions and the run's files."""
 
 from __future__ import annotations
 
-import re
-from html.parser import HTMLParser
+import json
 
 import pytest
 from evaluated import exported_run
 
-from evaluator.report.build import METRICS, build
-from evaluator.report.page import chosen, page
+from evaluator.metrics.table import METRICS
+from evaluator.report.build import build
+from evaluator.report.contract import Report
+from evaluator.report.parts import OTHER, by_length, by_type, question_type, scored_rows
 from evaluator.report.table import table
-from evaluator.scores import score
-from evaluator.systems import SYSTEMS
+from evaluator.scores import DESCRIPTIVE, score
+from evaluator.systems import ALWAYS, Evaluated, System
+from shared.artifacts import Run
 from shared.contracts import Example, Prediction
 from shared.datasets.stage import prepare
+from shared.settings import PromoteSettings
 
-EVIL = "<script>alert('x')</script> & \"quotes\""
+SYSTEMS = Evaluated(
+    systems=tuple(System(name=name, group="distilled" if name == "distilled" else "trivial", about="a test") for name in ALWAYS),
+    not_scored={"theirs": "q1 not answered"},
+)
 
 
-def predictions(examples, answers):
+def scores(examples, answers):
     """`answers[system](index, example)`; a system that is not given answers with a constant."""
-    return [
+    predictions = [
         Prediction(system=s, example_id=e.id, text=answers.get(s, lambda i, e: "What is it?")(i, e))
-        for s in SYSTEMS
+        for s in ALWAYS
         for i, e in enumerate(examples)
     ]
+    return score(predictions, examples)
+
+
+def built(run, answers, **changes):
+    rows = {**prepare(run), **changes}
+    return build(run, rows, SYSTEMS, scores(rows["test"], answers))
 
 
 @pytest.fixture(scope="module")
@@ -36,124 +48,127 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(run):
-    rows = prepare(run)
-    scored = score(predictions(rows["test"], {"distilled": lambda i, e: EVIL if i == 0 else e.summary}), rows["test"])
-    report = build(run, rows, rows["train"][:2], {name: scored[name] for name in SYSTEMS})
-    return report, page(report, rows["test"], scored)
+def report(run):
+    return built(run, {"distilled": lambda i, e: e.summary})
 
 
-class Page(HTMLParser):
-    """Collects tags, the addresses they load, and the text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.loads, self.text, self.open = [], [], "", []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.loads += [value for name, value in attributes if name in ("src", "href", "action", "srcset")]
-        if tag not in ("meta", "link", "img", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+def test_the_report_says_how_each_of_its_numbers_is_defined_and_reads_back_as_it_was_written(report):
+    for system in report.systems.values():
+        assert system.scores.keys() == report.metrics.keys() == METRICS.keys() | DESCRIPTIVE.keys()
+    assert "method1" in report.metrics["bleu"].definition
+    assert "tok:13a" in report.metrics["sacrebleu"].definition
+    assert report.dataset == {"name": "sample", "train": 30, "validation": 30, "test": 40}
+    assert (report.resamples, report.seed) == (500, 0)
+    assert {"python", "rouge_score", "nltk", "sacrebleu"} <= set(report.versions)
+    assert Report.model_validate_json(json.dumps(report.model_dump(mode="json"))) == report
 
 
-def test_the_report_says_how_each_of_its_numbers_is_defined(made):
-    report, _ = made
-    for values in report["systems"].values():
-        assert set(values) <= set(METRICS)
-    assert "method1" in METRICS["bleu"]
-    assert report["dataset"] == {"name": "sample", "train": 30, "validation": 30, "test": 40}
-    assert report["bootstrap"] == {"resamples": 500, "seed": 0}
-    assert len(report["shots"]) == 2
-    assert {"python", "rouge_score", "nltk"} <= set(report["versions"])
+def test_every_score_that_varies_over_rows_lies_in_its_interval(report):
+    varied = [s for system in report.systems.values() for name, s in system.scores.items() if name in METRICS and s.low is not None]
+    assert len(varied) > 20
+    assert all(s.low <= s.value <= s.high for s in varied)
+    assert report.systems["distilled"].scores["rougeL"].low is None  # 1.0 on every row
 
 
-def test_the_report_holds_the_census_and_time_of_every_stage_before_it(made):
-    report, _ = made
-    assert {"dataset", "model", "triplets/r0"} <= set(report["stages"])
-    assert report["stages"]["triplets/r0"]["counts"]["dropped"]["tie"] == 3
+def test_all_pairs_but_those_with_the_reference_are_compared_in_the_gates_metric(report):
+    systems = len(ALWAYS) - 1
+    assert len(report.pairs) == systems * (systems - 1) // 2
+    assert {c.metric for c in report.pairs} == {"rougeL"}
+    assert len(report.comparisons) == (systems - 1) * len(METRICS)
+    assert all(c.p_holm is None or c.p <= c.p_holm <= 1 for c in report.pairs)
+
+
+def test_the_gate_tells_its_rule_and_its_decision_in_numbers(report):
+    assert report.gate.passed
+    assert report.gate.rule["baseline"] == "student-zero-shot"
+    assert "points over student-zero-shot on 40 test rows" in report.gate.reasons[0]
+
+
+def test_the_report_holds_the_census_and_time_of_every_stage_before_it(report):
+    assert {"dataset", "model", "triplets/r0"} <= set(report.stages)
+    assert report.stages["triplets/r0"]["counts"]["dropped"]["tie"] == 3
+    assert {ref.path for ref in report.inputs} >= {"dataset/test.jsonl", "model/serving/model.bin"}
+
+
+def test_a_secret_of_the_recipe_is_not_in_the_report(tmp_path):
+    run = exported_run(tmp_path / "run", teacher={"url": "http://127.0.0.1:9/v1", "api_key": "sk-secret"})
+    assert "sk-secret" not in json.dumps(built(run, {}).model_dump(mode="json"))
 
 
 def test_a_student_below_a_trivial_baseline_is_told_so_by_name(run):
-    rows = prepare(run)
-    scored = score(predictions(rows["test"], {"constant": lambda i, e: e.summary}), rows["test"])
-    notes = build(run, rows, (), {name: scored[name] for name in SYSTEMS})["notes"]
+    notes = built(run, {"constant": lambda i, e: e.summary}).notes
     assert any("does not beat constant, first-question" in note for note in notes)  # those that answer alike tie with it
 
 
-def test_the_page_loads_nothing_from_anywhere_and_its_tags_are_closed(made):
-    parsed = Page(made[1])
-    assert parsed.loads == []
-    assert parsed.open == []
-    assert "script" not in parsed.tags
-    assert "url(" not in made[1]
-    assert "@import" not in made[1]
-
-
-def test_what_a_model_said_is_shown_as_text_and_never_as_markup(made):
-    assert "<script>" not in made[1]
-    assert EVIL in Page(made[1]).text
-
-
-def test_the_page_shows_every_system_its_points_the_census_and_follows_the_readers_theme_and_width(made):
-    report, html = made
-    text = Page(html).text
-    for name, values in report["systems"].items():
-        assert name in text
-        assert f"{100 * values['rougeL']:.1f}" in text
-    assert re.search(r"dropped / tie\s*3", text)
-    assert "prefers-color-scheme: dark" in html
-    assert 'name="viewport"' in html
-
-
-def test_the_examples_are_the_best_middle_and_worst_by_gain_each_once():
-    examples = [Example(id=f"q{i:02}", question=f"Question {i}?", summary="one two three four") for i in range(20)]
-    words = ["one two three four", "one two three", "one two", "one", "zero"]
-    scored = score(predictions(examples, {"distilled": lambda i, e: words[i // 4], "student-zero-shot": lambda i, e: "one"}), examples)
-    shown = chosen(examples, scored)
-    assert [e["id"] for e in shown if e["where"] == "best"] == ["q00", "q01", "q02", "q03"]
-    assert [e["id"] for e in shown if e["where"] == "middle"] == ["q08", "q09", "q10", "q11"]
-    assert [e["id"] for e in shown if e["where"] == "worst"] == ["q16", "q17", "q18", "q19"]
-    assert shown[0]["gain"] == pytest.approx(1 - 0.4)
-    assert [a["system"] for a in shown[0]["answers"]][:2] == ["distilled", "student-zero-shot"]
-
-
-def test_how_many_messages_had_a_subject_line_is_told(run):
-    rows = {**prepare(run)}
-    rows["test"] = [Example(id=f"q{i}", question=q, summary="What?") for i, q in enumerate(["SUBJECT: gout\nMESSAGE: help", "Help"])]
-    scored = score(predictions(rows["test"], {}), rows["test"])
-    notes = build(run, rows, (), {name: scored[name] for name in SYSTEMS})["notes"]
+def test_how_many_messages_had_a_subject_line_and_who_is_not_scored_is_told(run):
+    test = [Example(id=f"q{i}", question=q, summary="What?") for i, q in enumerate(["SUBJECT: gout\nMESSAGE: help", "Help"])]
+    notes = built(run, {}, test=test).notes
     assert any("1 of 2 messages have a SUBJECT line" in note for note in notes)
+    assert "theirs is not scored: q1 not answered." in notes
+    assert any("Only 2 test rows" in note for note in notes)
 
 
-def test_fewer_rows_than_examples_to_show_are_shown_once_each():
-    examples = [Example(id=f"q{i}", question="?", summary="one two") for i in range(5)]
-    shown = chosen(examples, score(predictions(examples, {}), examples))
-    assert sorted(e["id"] for e in shown) == [e.id for e in examples]
+def test_the_training_log_is_thinned_to_400_steps_with_the_last_and_validations_are_told(tmp_path):
+    run = exported_run(tmp_path / "run")
+    folder = run.path / "checkpoints" / "r0"
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1.0, "odds_ratio": None}) + "\n" for i in range(1, 1002)))
+    (folder / "validation.jsonl").write_text(json.dumps({"step": 500, "epoch": 1.0, "rouge_l": 0.25}) + "\n")
+    (of_round,) = built(run, {}).training
+    assert len(of_round.steps) <= 400
+    assert of_round.steps[-1] == {"step": 1001, "loss": 1.0}
+    assert of_round.validation == [{"step": 500, "rougeL": 0.25}]
 
 
-def test_one_test_row_makes_a_page_that_says_there_is_no_interval(run):
-    rows = {**prepare(run)}
-    rows["test"] = rows["test"][:1]
-    scored = score(predictions(rows["test"], {"distilled": lambda i, e: e.summary}), rows["test"])
-    report = build(run, rows, (), {name: scored[name] for name in SYSTEMS})
-    assert report["comparisons"]["constant"]["p"] is None
-    assert "no interval: one test row" in Page(page(report, rows["test"], scored)).text
-    assert "(no interval)" in table(report)
+def test_rows_are_parted_by_the_length_of_their_question_into_four_and_each_row_is_in_one(run):
+    examples = [Example(id=f"q{i}", question=" ".join(["word"] * (i + 1)), summary="what is it") for i in range(40)]
+    rows = scored_rows(scores(examples, {}), {e.id: e for e in examples}, "rougeL")
+    parts = by_length(rows)
+    assert [part.rows for part in parts] == [10, 10, 10, 10]
+    assert (parts[0].label, parts[-1].label) == ("1 to 10 words", "31 to 40 words")
+    assert sum(part.rows * part.scores["distilled"] for part in parts) == pytest.approx(
+        sum(row.scores["distilled"] for row in rows), abs=1e-3
+    )
 
 
-def test_the_terminal_table_is_aligned_in_points_and_names_every_system(made):
-    lines = table(made[0]).splitlines()
-    body = lines[3 : 3 + len(SYSTEMS)]
-    assert [line.split()[0] for line in body] == list(SYSTEMS)
+@pytest.mark.parametrize(
+    ("reference", "kind"),
+    [
+        ("What are the treatments for gout?", "treatment"),
+        ("What causes gout?", "cause"),
+        ("Where can I find information on gout?", "where to find"),
+        ("Is gout contagious?", "yes or no"),
+        ("What is gout?", "what is"),
+        ("Gout", OTHER),
+    ],
+)
+def test_the_type_of_a_question_is_read_off_its_reference(reference, kind):
+    assert question_type(reference) == kind
+
+
+def test_types_with_few_rows_are_put_together_and_come_last(run):
+    texts = ["What causes gout?"] * 4 + ["What is gout?"] * 5 + ["Is gout bad?"]
+    examples = [Example(id=f"q{i}", question="?", summary=text) for i, text in enumerate(texts)]
+    parts = by_type(scored_rows(scores(examples, {}), {e.id: e for e in examples}, "bleu"))
+    assert [(part.label, part.rows) for part in parts] == [("what is", 5), ("cause", 4), (OTHER, 1)]
+
+
+def test_one_test_row_makes_a_report_that_says_there_is_no_interval(run):
+    found = built(run, {"distilled": lambda i, e: e.summary}, test=prepare(run)["test"][:1])
+    assert all(c.p is None and "one test row" in c.note for c in found.comparisons)
+    assert "(no interval)" in table(found)
+
+
+def test_the_terminal_table_is_aligned_in_points_and_names_every_system(report):
+    lines = table(report).splitlines()
+    body = lines[3 : 3 + len(ALWAYS)]
+    assert [line.split()[0] for line in body] == list(ALWAYS)
     column = lines[1].index("ROUGE-L") + len("ROUGE-L")
-    for line, values in zip(body, made[0]["systems"].values(), strict=True):
-        assert line[:column].endswith(f"{100 * values['rougeL']:.1f}")
+    for line, system in zip(body, report.systems.values(), strict=True):
+        assert line[:column].endswith(f"{100 * system.scores['rougeL'].value:.1f}")
     assert any(line.startswith("note: ") for line in lines)
+
+
+def test_the_gates_metric_has_a_column_of_the_table_whatever_it_is(run):
+    other = Run.open(run.path, run.recipe.model_copy(update={"promote": PromoteSettings(metric="exact_match")}))
+    assert "exact match" in table(built(other, {})).splitlines()[1]
