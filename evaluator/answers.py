@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ConfigDict, ValidationError
 
+from evaluator.metrics import bertscore
 from evaluator.scores import unanswered
 from evaluator.systems import DISTILLED, STUDENTS, TEACHERS, System, asks, prompt_sha256, round_name, sampling
-from shared.artifacts import Ledger, Run, read_json, read_jsonl
+from shared.artifacts import Ledger, Run, read_json, read_jsonl, sha256_file
 from shared.collect import OfflineModel, answer_offline, answers
 from shared.contracts import Completion, Contract, Example, GenerationRequest, Manifest, Prediction, Response, ServingConfig
 from shared.errors import DataError, FailureClass, HarvestTooThin, StageOrder
@@ -22,10 +23,12 @@ from shared.harvest.ledger import AnswerLedger
 from shared.harvest.scheduler import Limits, harvest
 from shared.harvest.teacher import Answer, Teacher
 from shared.redact import Redaction
-from shared.settings import SystemSettings
+from shared.settings import Recipe, SystemSettings
 
 RETRIED = frozenset(get_args(FailureClass))
 """All that failed before is asked again: a teacher scored on what it was not heard to say is easy to beat."""
+NOT_HEARD = ("unanswered", "no_text")
+"""Failures of the way to a system, not of the system: scored as empty answers they would make it easy to beat."""
 CHUNK = 32
 """Prompts a local student answers at once: what is lost at most to a kill."""
 
@@ -40,6 +43,12 @@ class Collected:
     """By system that was asked: rows, failures, seconds."""
     not_scored: dict[str, str] = field(default_factory=dict)
     """By system, why."""
+
+    def leave_out(self, system: str, why: str) -> None:
+        """Do not score a system."""
+        self.systems = [s for s in self.systems if s.name != system]
+        self.predictions = [p for p in self.predictions if p.system != system]
+        self.not_scored[system] = why
 
     def add(self, other: Collected) -> None:
         self.systems += other.systems
@@ -135,7 +144,9 @@ def url_predictions(
         few_shot=given.few_shot,
     )
     about = f"{given.model} at {given.url}" + (f", {_shown(shots)}" if given.few_shot else "")
-    return _asked(run, [_extra(run, given, about, f"{given.model} at {given.url}", shots)], {given.name: wanted}, open_system)
+    # the teacher's limits are the teacher's
+    limits = replace(Limits.of(run.recipe), requests_per_minute=None, tokens_per_minute=None, timeout_s=given.timeout_s)
+    return _asked(run, [_extra(run, given, about, f"{given.model} at {given.url}", shots)], {given.name: wanted}, open_system, limits)
 
 
 def student_predictions(
@@ -193,7 +204,7 @@ def student_predictions(
     for number in range(rounds - 1):
         stage, name = f"responses/student-r{number + 1}", round_name(number)
         folder, about = run.path / stage / "serving", f"the student after round {number + 1} of {rounds}"
-        if not (folder / "serving.json").is_file():
+        if not is_servable(run, number):
             found.not_scored[name] = f"round {number + 1} was not sampled (sample.samples is 0), so its student was never made servable"
             continue
         weights = _weights(run.manifest(stage), f"{stage}/serving/model.bin", run.path / stage)
@@ -222,6 +233,11 @@ class _Line(Contract):
     text: str
 
 
+def is_servable(run: Run, number: int) -> bool:
+    """Whether the student of an earlier round was made servable, as it is to be sampled for the next one."""
+    return (run.path / f"responses/student-r{number + 1}" / "serving" / "serving.json").is_file()
+
+
 def file_predictions(test: Sequence[Example], given: SystemSettings) -> Collected:
     """The answers of one of evaluate.systems in a file: not scored if they are not exactly one to each test row.
 
@@ -240,18 +256,27 @@ def file_predictions(test: Sequence[Example], given: SystemSettings) -> Collecte
     )
 
 
-def _asked(run: Run, systems: Sequence[System], by_system: Mapping[str, Sequence[Ask]], open_teacher: Callable[[], Teacher]) -> Collected:
-    """Answers over HTTP. Raises as `teacher_predictions` does."""
+def _asked(
+    run: Run,
+    systems: Sequence[System],
+    by_system: Mapping[str, Sequence[Ask]],
+    open_teacher: Callable[[], Teacher],
+    limits: Limits | None = None,
+) -> Collected:
+    """Answers over HTTP, within the teacher's limits unless others are given; a system that was not heard on every row is not scored.
+
+    Raises as `teacher_predictions` does.
+    """
     recipe = run.recipe
+
+    limits = limits or Limits.of(recipe)
 
     async def ask_all() -> dict[str, Any]:
         teacher, census = LazyTeacher(open_teacher), {}
         try:
             for system, of_system in by_system.items():
                 with _teacher_ledger(run, system) as ledger:
-                    found = await harvest(
-                        teacher, of_system, ledger, limits=Limits.of(recipe), what=system, total=len(of_system), retry=RETRIED
-                    )
+                    found = await harvest(teacher, of_system, ledger, limits=limits, what=system, total=len(of_system), retry=RETRIED)
                     ledger.compact()
                 if found.failed_fraction > recipe.harvest.max_failed_fraction:
                     raise HarvestTooThin(
@@ -264,7 +289,13 @@ def _asked(run: Run, systems: Sequence[System], by_system: Mapping[str, Sequence
         return census
 
     census = asyncio.run(ask_all())
-    return Collected(list(systems), _predictions(run, by_system), census)
+    found = Collected(list(systems), _predictions(run, by_system), census)
+    for name in by_system:
+        lost = [p.example_id for p in found.predictions if p.system == name and p.failed in NOT_HEARD]
+        if lost:
+            more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+            found.leave_out(name, f"no answer was heard to {', '.join(lost[:5])}{more}; evaluate again to ask for these anew")
+    return found
 
 
 def _answered(run: Run, load: Callable[[], OfflineModel], systems: Sequence[System], by_system: Mapping[str, Sequence[Ask]]) -> Collected:
@@ -343,7 +374,27 @@ def _predictions(run: Run, by_system: Mapping[str, Sequence[Ask]]) -> list[Predi
                         example_id=ask.example_id,
                         text=row.text.strip(),
                         finish_reason=row.finish_reason,
+                        failed=(row.reason or "unknown").partition(":")[0] if row.status == "failed" else None,
                         prompt_sha256=prompt_sha256(ask.request),
                     )
                 )
+    return found
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """What evaluate.systems and evaluate.bertscore name on disk, as it is now: with other content, an evaluation is made anew.
+
+    Raises DataError, StageOrder, SettingsError for what is not there.
+    """
+    found = {}
+    for given in recipe.evaluate.systems:
+        if given.predictions is not None:
+            try:
+                found[given.name] = f"sha256:{sha256_file(given.predictions)}"
+            except OSError as exc:
+                raise DataError(f"{given.predictions}: {exc.strerror}") from exc
+        elif given.run is not None:
+            found[given.name] = _weights_of(given)
+    if recipe.evaluate.bertscore is not None:
+        found["bertscore"] = bertscore.scorer(recipe.evaluate.bertscore)
     return found

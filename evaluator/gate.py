@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from evaluator.scores import Scored, compare
 from evaluator.significance import Comparison
 from evaluator.systems import DISTILLED
+from shared.errors import DataError
 from shared.settings import PromoteSettings, Recipe
 
 
@@ -31,18 +32,23 @@ def decide(scored: Mapping[str, Scored], recipe: Recipe) -> Decision:
     """Apply the recipe's promote section to the scores of its systems, the baseline's among them.
 
     Promoted is who gains more than `margin` with both tests' p below `alpha`, on at least `min_rows` rows, and loses no more than
-    allowed in any metric of `no_regression`. Both p are two-sided: of students no better than the baseline at most alpha / 2 are
-    promoted by chance.
+    allowed in any metric of `no_regression`. Rows on which the baseline failed to answer are left out: they are no gain. Both p are
+    two-sided: where the two systems are alike (exchangeable, margin 0), at most alpha / 2 are promoted by chance. With few rows that
+    bound does not hold for every kind of difference: losses so rare and heavy that none is among the rows are seen by no test of them.
     """
     rule = recipe.promote
-    ours, theirs = scored[DISTILLED], scored[rule.baseline]
+    lost = scored[rule.baseline].failed
+    ours, theirs = (scored[name].without(lost) for name in (DISTILLED, rule.baseline))
+    if not ours.ids:
+        raise DataError(f"{rule.baseline} has failed on every test row, so nothing can be compared with it")
     found = compare(ours, theirs, rule.metric, margin=rule.margin, resamples=recipe.evaluate.resamples, seed=recipe.evaluate.seed)
     met: list[str] = []
     failed: list[str] = []
     if found.rows < rule.min_rows:
         failed.append(f"{found.rows} scored test rows: promote.min_rows is {rule.min_rows}")
     why = refusal(found, rule)
-    (failed if why else met).append(why or in_numbers(found, rule))
+    left_out = f"; {len(lost)} rows on which {rule.baseline} failed to answer are left out" if lost else ""
+    (failed if why else met).append((why or f"{in_numbers(found, rule)}: p is below {rule.alpha:g}") + left_out)
     for metric, allowed in rule.no_regression.items():
         measured = ours.metrics[metric]
         loss = theirs.value(metric) - ours.value(metric)
@@ -80,4 +86,4 @@ def in_numbers(found: Comparison, rule: PromoteSettings) -> str:
 
 
 def _points(value: float) -> str:
-    return f"{round(100 * value, 2):g} points"
+    return f"{100 * value + 0.0:.4g} points"

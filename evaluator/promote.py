@@ -39,8 +39,9 @@ def promote(run: Run, registry: Path) -> Promoted:
     rule, stage = run.recipe.promote, run.stage("evaluation", ["dataset", "model"])
     if not stage.complete:
         raise StageOrder(f"{run.path} has no evaluation of its present model: run `distill evaluate` first")
-    for name, prefix in (("dataset", "dataset/test.jsonl"), ("evaluation", "evaluation/"), ("model", "model/serving/")):
+    for name, prefix in (("dataset", "dataset/test.jsonl"), ("evaluation", "evaluation/")):
         _check_unchanged(run, name, prefix)
+    expected = _evaluated_files(run)
     scored = scores_of(run, prepare(run)["test"])
     refuse_unknown_baseline(run.recipe, list(scored))
     if not is_complete(stage):  # another rule: the report must not tell of the old one
@@ -61,7 +62,8 @@ def promote(run: Run, registry: Path) -> Promoted:
     before = store.current(registry)
     verdict, dataset = in_numbers(decision.comparison, rule), run.recipe.dataset
     card = with_scores(_card(run), scored, name=run.recipe.name, dataset=dataset.hub or dataset.name, verdict=verdict)
-    kept = [run.path / "evaluation" / name for name in ("predictions.jsonl", "systems.json", "report.json", "report.html", "report.md")]
+    names = ("predictions.jsonl", "systems.json", "bertscore.jsonl", "report.json", "report.html", "report.md")
+    kept = [file for name in names if (file := run.path / "evaluation" / name).is_file()]
     promoted = store.promote(
         registry,
         run.path / "model" / "serving",
@@ -72,6 +74,7 @@ def promote(run: Run, registry: Path) -> Promoted:
         reason="; ".join(decision.met),
         # with the test rows, so that versions can be compared when their runs have gone
         attachments=[("README.md", card), run.path / "dataset" / "test.jsonl", *kept],
+        expected=expected,
     )
     if promoted == before:
         print(f"promote: version {promoted.version} is served already, nothing to do")
@@ -89,11 +92,18 @@ def _card(run: Run) -> str:
         raise DataError(f"{file}: not UTF-8: {exc.reason}; save it as UTF-8") from exc
 
 
+def _evaluated_files(run: Run) -> dict[str, str]:
+    """The SHA-256 of each file of the serving folder, by its path in there, as the export wrote them."""
+    manifest, prefix = run.manifest("model"), "model/serving/"
+    return {file.path.removeprefix(prefix): file.sha256 for file in (manifest.outputs if manifest else ()) if file.path.startswith(prefix)}
+
+
 def _check_unchanged(run: Run, stage: str, prefix: str) -> None:
     """Raises DataError if files of a stage are not those its manifest names: only what was evaluated is promoted."""
     from shared.artifacts import sha256_file
 
     manifest = run.manifest(stage)
     for file in manifest.outputs if manifest else ():
-        if file.path.startswith(prefix) and sha256_file(run.path / file.path) != file.sha256:
-            raise DataError(f"{run.path / file.path} has changed since the stage {stage} wrote it; remove {stage}/ and run it again")
+        where = run.path / file.path
+        if file.path.startswith(prefix) and (not where.is_file() or sha256_file(where) != file.sha256):
+            raise DataError(f"{where} has changed since the stage {stage} wrote it; remove {stage}/ and run it again")

@@ -204,6 +204,9 @@ def show_diff(registry: Path, first: str, second: str) -> None:
         try:
             of_b = reports[1]
             metric, resamples, seed = (of_b.metric, of_b.resamples, of_b.seed) if of_b else UNREPORTED
+            if metric == "bertscore":  # two versions may have been scored by two encoders
+                metric = UNREPORTED[0]
+                notes.append(f"the gate of B looks at BERTScore; they are compared in {metric}, which needs no encoder")
             comparison = paired(folders[1], folders[0], metric, resamples=resamples, seed=seed)
         except DataError as exc:
             refused = exc

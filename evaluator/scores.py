@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,8 @@ class Scored:
     """Answers that are empty, among them refused prompts: each scores 0."""
     cut_off: int
     """Answers that ended at the token limit."""
+    failed: frozenset[str] = frozenset()
+    """Ids of the rows that have no answer, which are among the empty ones."""
     metrics: Mapping[str, Metric] = field(default_factory=lambda: METRICS)
     """Those it was scored by, in the order to show."""
 
@@ -51,6 +53,16 @@ class Scored:
     def rows(self, metric: str) -> Floats:
         """Each row's own score, (rows,), of a metric that has one."""
         return self.statistics[metric][:, 0]
+
+    def without(self, ids: Collection[str]) -> Scored:
+        """The same on the other rows."""
+        kept = [at for at, i in enumerate(self.ids) if i not in ids]
+        return replace(
+            self,
+            ids=tuple(self.ids[at] for at in kept),
+            texts=tuple(self.texts[at] for at in kept),
+            statistics={name: table[kept] for name, table in self.statistics.items()},
+        )
 
     @property
     def mean_words(self) -> float:
@@ -105,7 +117,10 @@ def compare(ours: Scored, theirs: Scored, metric: str, *, margin: float = 0.0, r
     statistics = {"ours": ours.statistics, "theirs": {metric: theirs.statistics[metric][order]}}
     measured = ours.metrics[metric]
     resampled = bootstrap(statistics, [measured], resamples=resamples, seed=seed)[metric]
-    p = exchange(statistics, [("ours", "theirs")], [measured], resamples=resamples, seed=seed)[metric][0]
+    shifted = statistics
+    if margin and measured.by_row:  # of "no better than the margin": the rows' gains above it may change their sign
+        shifted = {"ours": {metric: statistics["ours"][metric] - margin}, "theirs": statistics["theirs"]}
+    p = exchange(shifted, [("ours", "theirs")], [measured], resamples=resamples, seed=seed)[metric][0]
     found = comparison(("ours", "theirs"), measured, statistics, resampled, p, margin=margin)
     return found.model_copy(update={"ours": ours.name, "theirs": theirs.name})
 
@@ -159,5 +174,6 @@ def _scored(system: str, predictions: Sequence[Prediction], examples: Mapping[st
         statistics={name: metric.statistics(rows) for name, metric in metrics.items()},
         empty=sum(not row.text.strip() for row in rows),
         cut_off=sum(row.finish_reason == "length" for row in rows),
+        failed=frozenset(p.example_id for p in predictions if p.failed is not None),
         metrics=metrics,
     )

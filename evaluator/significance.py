@@ -24,7 +24,7 @@ from shared.contracts import Contract
 from shared.errors import DataError
 
 CELLS = 2**22
-"""Rows x resamples drawn at once: bounds the memory to some 100 MB."""
+"""Most numbers of one array that is drawn or summed up at once: bounds the memory to some 100 MB."""
 NO_SPREAD = 1e-12
 ONE_ROW = "one test row tells nothing about others"
 ALL_EQUAL = "the same on every row: resampling shows no spread"
@@ -43,7 +43,8 @@ class Comparison(Contract):
     """Lower end of the gain's 95% interval; None where no interval can be given."""
     high: float | None = None
     p: float | None = None
-    """Two-sided, by approximate randomisation; not corrected. None where no interval can be given, like the next two."""
+    """Two-sided, by approximate randomisation; not corrected. Of the gain being `margin`, or 0 for a score that is no mean over rows.
+    None where no interval can be given, like the next two."""
     p_bootstrap: float | None = None
     """Two-sided, of the gain being `margin`, by the paired bootstrap."""
     p_holm: float | None = None
@@ -71,7 +72,7 @@ def bootstrap(
     rows, width = len(table), table.shape[1] // len(systems)
     random = np.random.default_rng(seed)
     found: dict[str, list[Floats]] = {metric.name: [] for metric in metrics}
-    for count in _blocks(resamples, rows):
+    for count in _blocks(resamples, max(table.shape)):
         drawn = random.integers(rows, size=(count, rows)) + np.arange(count)[:, np.newaxis] * rows
         often = np.bincount(drawn.ravel(), minlength=count * rows).reshape(count, rows).astype(np.float64)
         sums = (often @ table).reshape(count, len(systems), width)
@@ -103,7 +104,7 @@ def exchange(
     observed = {m.name: m.of_sums(sums[:, 0, slices[m.name]], rows) - m.of_sums(sums[:, 1, slices[m.name]], rows) for m in metrics}
     as_far = {metric.name: np.ones(len(pairs)) for metric in metrics}
     random = np.random.default_rng([seed, 1])
-    for count in _blocks(resamples, rows):
+    for count in _blocks(resamples, max(differences.shape)):
         changed = (random.random((count, rows)) < 0.5).astype(np.float64)
         moved = (changed @ differences).reshape(count, len(pairs), width)
         for metric in metrics:
@@ -191,8 +192,8 @@ def _table(statistics: Mapping[str, Mapping[str, Floats]], metrics: Sequence[Met
     return np.concatenate([of_system[metric.name] for of_system in statistics.values() for metric in metrics], axis=1)
 
 
-def _blocks(resamples: int, rows: int) -> list[int]:
-    size = max(1, CELLS // rows)
+def _blocks(resamples: int, widest: int) -> list[int]:
+    size = max(1, CELLS // widest)
     return [min(size, resamples - first) for first in range(0, resamples, size)]
 
 

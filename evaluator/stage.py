@@ -9,7 +9,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from evaluator.answers import Collected, file_predictions, student_predictions, teacher_predictions, url_predictions
+from evaluator.answers import (
+    Collected,
+    file_predictions,
+    fingerprints,
+    is_servable,
+    student_predictions,
+    teacher_predictions,
+    url_predictions,
+)
 from evaluator.judge import Judged, ask_judge, judged, opponents
 from evaluator.metrics import bertscore
 from evaluator.metrics.table import METRICS
@@ -28,12 +36,12 @@ from evaluator.systems import (
     round_name,
     simple_systems,
 )
-from shared.artifacts import Run, Stage, read_json, read_jsonl, write_atomic, write_json, write_jsonl
+from shared.artifacts import Run, Stage, read_json, read_jsonl, sha256_file, write_atomic, write_json, write_jsonl
 from shared.collect import OfflineModel
 from shared.contracts import Example, Prediction, Split
-from shared.datasets.overlap import overlaps, refuse_overlaps
+from shared.datasets.overlap import Overlap, overlaps, refuse_overlaps
 from shared.datasets.stage import prepare, shots
-from shared.errors import DataError, StageOrder
+from shared.errors import DataError, StageOrder, TeacherUnavailable
 from shared.harvest.teacher import Teacher
 from shared.settings import JudgeSettings, SystemSettings, evaluation_settings
 
@@ -61,7 +69,7 @@ def evaluate(
     run = stage.run
     rows = prepare(run)
     refuse_taken_names(run.recipe)
-    refuse_overlaps(overlaps(rows), run.recipe.evaluate.allow_overlap)
+    _overlaps(run, rows)
     test, given = rows["test"], shots(run, rows["train"], run.recipe.task.shots)
     found = Collected()
     # files first, then the teacher: what cannot work is known before minutes are spent on the students
@@ -69,9 +77,12 @@ def evaluate(
     for more in extra:
         if more.predictions is not None:
             found.add(file_predictions(test, more))
-    names = _names(run, found)
+    names, settings = _names(run, found), run.recipe.evaluate
+    wanted = [run.recipe.promote.baseline, *(settings.judge.against if settings.judge else ())]
+    for name in wanted:
+        if name in found.not_scored:
+            raise DataError(f"{name} is to be compared with and cannot be scored: {found.not_scored[name]}")
     refuse_unknown_baseline(run.recipe, names)
-    settings = run.recipe.evaluate
     if settings.judge is not None:
         opponents(run.recipe, settings.judge, names)
     if settings.bertscore is not None:
@@ -81,6 +92,9 @@ def evaluate(
         if more.url is not None:
             found.add(url_predictions(run, test, given, more, open_system=partial(open_system, more)))
     found.add(student_predictions(run, test, given, load_base=load_base, load=load))
+    if run.recipe.promote.baseline in found.not_scored:
+        name = run.recipe.promote.baseline
+        raise TeacherUnavailable(f"{name}, the baseline of the promotion: {found.not_scored[name]}")
     systems, predictions = simple_systems(run.recipe, rows["train"], test)
     found.add(Collected(systems, predictions))
     ordered = in_order(found.systems, run)
@@ -109,17 +123,36 @@ def _texts(predictions: Sequence[Prediction], test: Sequence[Example]) -> tuple[
 
 def is_complete(stage: Stage) -> bool:
     """Whether the evaluation was finished on what stands there now, with the settings of now."""
-    manifest = stage.run.manifest(stage.name)
-    return stage.complete and manifest is not None and dict(manifest.settings) == evaluation_settings(stage.run.recipe)
+    manifest, recipe = stage.run.manifest(stage.name), stage.run.recipe
+    if not stage.complete or manifest is None or dict(manifest.settings) != evaluation_settings(recipe):
+        return False
+    return bool(manifest.counts.get("given") == fingerprints(recipe))
 
 
 def score_again(stage: Stage) -> None:
-    """Scores and reports from the stored predictions. Raises StageOrder if there are none of the present model and data set."""
+    """Scores and reports from the stored predictions, by the resampling and the rule of now.
+
+    Raises StageOrder if there are none of the present model, data set and settings of what is asked, or if they are not as they were.
+    """
     run, manifest = stage.run, stage.run.manifest("evaluation")
-    inputs = [ref for name in ("dataset", "model") if (made := run.manifest(name)) for ref in made.outputs]
-    if manifest is None or list(manifest.inputs) != inputs:
-        raise StageOrder(f"{stage.path} has no predictions of the present model: run `distill evaluate` first, without --score-only")
+    again = "run `distill evaluate` first, without --score-only"
+    if manifest is None or manifest.inputs != stage.inputs:
+        raise StageOrder(f"{stage.path} has no predictions of the present model: {again}")
+    asked, now = _asking(manifest.settings), _asking(evaluation_settings(run.recipe))
+    if other := [name for name in now if asked.get(name) != now[name]]:
+        raise StageOrder(f"{stage.path}: its predictions were made with other settings ({', '.join(other)}): {again}")
+    for output in manifest.outputs:
+        file = run.path / output.path
+        if file.name not in REPORTS and (not file.is_file() or sha256_file(file) != output.sha256):
+            raise StageOrder(f"{file} is not what the evaluation wrote: {again}")
     _report(stage, prepare(run), answered=manifest.counts.get("answers", {}))
+
+
+def _asking(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an evaluation's settings those that shape what is asked, by name."""
+    evaluation = settings.get("evaluate", {})
+    shaping = ("max_tokens", "stop", "systems", "judge", "bertscore")
+    return {"task": settings.get("task"), **{f"evaluate.{name}": evaluation.get(name) for name in shaping}}
 
 
 def evaluated_systems(run: Run) -> Evaluated:
@@ -145,15 +178,27 @@ def scores_of(run: Run, test: Sequence[Example]) -> dict[str, Scored]:
 
 def _names(run: Run, found: Collected) -> list[str]:
     """The systems that will be scored, before any was asked."""
-    rounds = [round_name(number) for number in range(run.recipe.train.rounds - 1)]
+    rounds = [round_name(number) for number in range(run.recipe.train.rounds - 1) if is_servable(run, number)]
     return [*ALWAYS, *rounds, *(system.name for system in run.recipe.evaluate.systems if system.name not in found.not_scored)]
+
+
+def _overlaps(run: Run, rows: Rows) -> list[Overlap]:
+    """Test rows that this run, or another one whose student is evaluated, has learned from. Raises LeakageError."""
+    found = overlaps(rows)
+    for given in run.recipe.evaluate.systems:
+        file = given.run / "dataset" / "train.jsonl" if given.run is not None else None
+        if file is not None and file.is_file():
+            theirs = overlaps({"train": read_jsonl(file, Example), "test": rows["test"]})
+            known = {overlap.test_id for overlap in found}
+            found += [o.model_copy(update={"other_id": f"{given.name}: {o.other_id}"}) for o in theirs if o.test_id not in known]
+    refuse_overlaps(found, run.recipe.evaluate.allow_overlap)
+    return found
 
 
 def _report(stage: Stage, rows: Rows, *, answered: Mapping[str, Any]) -> None:
     """Write the reports, finish the stage, print the table. `answered`: the census of answers by system."""
     run, evaluated = stage.run, evaluated_systems(stage.run)
-    found = overlaps(rows)
-    refuse_overlaps(found, run.recipe.evaluate.allow_overlap)
+    found = _overlaps(run, rows)
     scored = scores_of(run, rows["test"])
     refuse_unknown_baseline(run.recipe, list(scored))
     settings, judged_by = run.recipe.evaluate, Judged(None, [])
@@ -177,7 +222,7 @@ def _report(stage: Stage, rows: Rows, *, answered: Mapping[str, Any]) -> None:
     stage.finish(
         [*(stage.path / name for name in (*kept, *REPORTS)), stage.path / "answers"],
         settings=evaluation_settings(run.recipe),
-        counts={"test_rows": report.test_rows, "answers": dict(answered)},
+        counts={"test_rows": report.test_rows, "answers": dict(answered), "given": fingerprints(run.recipe)},
     )
     print(table(report))
     print(f"report: {stage.path / 'report.html'}")

@@ -47,10 +47,9 @@ def assignments(pairs: list[str]) -> dict[str, Any]:
     values = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if name == "teacher.api_key":
-            raise SettingsError(
-                "--set teacher.api_key: others can read a command line; give DISTILL_TEACHER__API_KEY or teacher.api_key_file"
-            )
+        if name.rpartition(".")[2] == "api_key":
+            variable = "DISTILL_" + name.upper().replace(".", "__")
+            raise SettingsError(f"--set {name}: others can read a command line; give {variable} or {name}_file")
         if not equals or not name:
             raise SettingsError(f"--set {pair}: expected NAME=VALUE, e.g. --set train.epochs=2")
         try:

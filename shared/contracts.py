@@ -111,6 +111,8 @@ class Prediction(Contract):
     example_id: str
     text: str
     finish_reason: FinishReason | None = None
+    failed: str | None = None
+    """Why there is no answer (a FailureClass), and `text` is empty."""
     prompt_sha256: str | None = None
     """Of the prompt, or of the chat turns as JSON; None for systems that were not asked here."""
 

@@ -165,10 +165,13 @@ def promote(
     run: str,
     reason: str,
     attachments: Sequence[Path | tuple[str, str]] = (),
+    expected: Mapping[str, str] | None = None,
 ) -> Promoted:
-    """Copy a serving folder into the registry and make it the served version. What is served already stays as it is.
+    """Copy a serving folder into the registry and make it the served version. Of what is served already scores and attachments alone
+    are written anew, if they differ.
 
     `attachments` are kept beside it, files or names with their text: the model card, the reports. `reason` goes into the history.
+    `expected`: the SHA-256 of every file that is to be there, relative to the folder; None: whatever is there.
 
     Of two promotions at once, one is made and the other gets StorageError at once, having written nothing. One that begins after the
     other has ended is made as well, although it was decided upon while something else was served: decisions are made against a
@@ -179,10 +182,16 @@ def promote(
     content = _hashes(serving_folder)
     if missing := {"serving.json", "model.bin", "tokenizer.json"} - content.keys():
         raise DataError(f"{serving_folder} is no serving folder (no {', '.join(sorted(missing))}); export the model again")
+    if expected is not None and content != dict(expected):
+        wrong = sorted(file for file in content.keys() | expected.keys() if content.get(file) != expected.get(file))
+        raise DataError(
+            f"{serving_folder} is not what was evaluated ({', '.join(wrong)} changed, missing or added); export and evaluate it again"
+        )
     digest = sha256_bytes(canonical({"files": content, "name": name, "task": dict(task)}))[:12]
     with _writing(registry, f"promoting {run}") as (served, events):
         known = _version_of(registry, digest)
-        if known and served and known.version == served.version:
+        is_served = known is not None and served is not None and known.version == served.version
+        if is_served and known and served and served.scores == dict(scores) and not _attach(_folder(registry, known.version), attachments):
             return served
         version = known.version if known else f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{digest}"
         promoted = Promoted(
@@ -194,25 +203,36 @@ def promote(
             sha256=content,
             run=run,
             promoted_at=now(),
-            served_before=(*served.served_before, served.version) if served else (),
+            served_before=() if served is None else served.served_before if is_served else (*served.served_before, served.version),
         )
         if not known:
-            with new_directory(registry / "versions" / version) as folder:
+            with new_directory(_folder(registry, version)) as folder:
                 shutil.copytree(serving_folder, folder / "serving")
                 _attach(folder, attachments)
                 if _hashes(folder / "serving") != content:
                     raise StorageError(f"{serving_folder} changed while it was copied; end what writes it and promote again")
                 (folder / "promoted.json").write_text(promoted.model_dump_json(indent=2) + "\n")
-        else:  # the same student, evaluated anew
-            _attach(registry / "versions" / version, attachments)
+        else:  # the same student, evaluated anew: a rollback to it tells its scores of now
+            _attach(_folder(registry, version), attachments)
+            write_atomic(_folder(registry, version) / "promoted.json", promoted.model_dump_json(indent=2) + "\n")
         _serve(registry, events, promoted, "promoted", reason)
         return promoted
 
 
-def _attach(folder: Path, attachments: Sequence[Path | tuple[str, str]]) -> None:
+def _folder(registry: Path, version: str) -> Path:
+    return registry / "versions" / version
+
+
+def _attach(folder: Path, attachments: Sequence[Path | tuple[str, str]]) -> bool:
+    """Keep what belongs to a version beside it. Returns whether anything of it is new."""
+    new = False
     for attached in attachments:
         name, content = (attached.name, attached.read_bytes()) if isinstance(attached, Path) else (attached[0], attached[1].encode())
-        write_atomic(folder / name, content)
+        file = folder / name
+        if not file.is_file() or file.read_bytes() != content:
+            write_atomic(file, content)
+            new = True
+    return new
 
 
 def rollback(registry: Path, *, reason: str = "asked for") -> Promoted:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -125,6 +126,14 @@ class TeacherSettings(Section):
     patience_s: float = Field(300.0, gt=0)
     """Seconds a teacher may stay dead before the harvest ends (before its first answer: at most 30)."""
     price: PriceSettings | None = None
+
+    @field_validator("url")
+    @classmethod
+    def _no_password(cls, url: str | None) -> str | None:
+        parts = urlsplit(url or "")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("a URL with user:password@ would be told in manifests and reports; give api_key_file, or protocol custom")
+        return url
 
     @field_validator("launch")
     @classmethod
@@ -329,6 +338,16 @@ class ExportSettings(Section):
     quantization: Quantization = DEFAULT_QUANTIZATION
 
 
+def _without_secrets(url: str | None) -> str | None:
+    """Of a validator of a URL that goes into reports. Raises ValueError."""
+    parts = urlsplit(url or "")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("a URL with user:password@ would be told in reports; give the key as a header, by api_key_file")
+    if parts.query:
+        raise ValueError("a URL with a query (?...) cannot be asked here, and would be told in reports; give the key by api_key_file")
+    return url
+
+
 class SystemSettings(Section):
     """One more system beside those that are always evaluated; exactly one of `url`, `run` and `predictions` says where its answers are."""
 
@@ -347,6 +366,15 @@ class SystemSettings(Section):
     """Another run directory with an exported student (model/), e.g. one with train.orpo_lambda=0: SFT."""
     predictions: Path | None = None
     """A .jsonl of {"example_id": ..., "text": ...}, one line a test row; other fields are not read."""
+
+    _url = field_validator("url")(_without_secrets)
+
+    @field_validator("name")
+    @classmethod
+    def _no_other_files_name(cls, name: str) -> str:
+        if re.search(r"-\d{6}$", name) or name.startswith("judge-") or name == "bertscore":
+            raise ValueError(f"{name}: answers are kept in files of such names already; choose another")
+        return name
 
     @model_validator(mode="after")
     def _one_source(self) -> SystemSettings:
@@ -375,6 +403,8 @@ class JudgeSettings(Section):
     """Only the first so many test rows."""
     max_tokens: int = Field(64, ge=1, le=4096)
     """Of one answer. The verdict is one word; a model that thinks aloud first needs more."""
+    _url = field_validator("url")(_without_secrets)
+
     criteria: str = Field(
         "The better answer does what the task says, keeps to what the input says, leaves out nothing that matters, and adds nothing. "
         "Neither the order of the answers nor their length is a reason by itself.",
@@ -408,7 +438,7 @@ class EvaluateSettings(Section):
     stop: tuple[str, ...] = Field(("\n",), max_length=4)
     systems: tuple[SystemSettings, ...] = ()
     """More systems to compare."""
-    resamples: int = Field(10_000, ge=100)
+    resamples: int = Field(10_000, ge=100, le=1_000_000)
     """Of the bootstrap, and exchanges of the randomisation test."""
     seed: int = Field(0, ge=0)
     allow_overlap: tuple[str, ...] = ()
@@ -433,7 +463,8 @@ class PromoteSettings(Section):
     margin: float = Field(0.0, ge=0)
     """The gain must exceed this, in the metric's own unit (0 to 1)."""
     alpha: float = Field(0.05, gt=0, lt=1)
-    """Both tests must find the gain with a smaller two-sided p: paired bootstrap (against the margin) and approximate randomisation."""
+    """Both tests must find the gain above the margin with a smaller two-sided p: paired bootstrap and approximate randomisation (which for
+    BLEU and chrF looks at the gain alone)."""
     min_rows: int = Field(20, ge=2)
     """Fewer scored test rows decide nothing."""
     no_regression: dict[Guarded, float] = Field(default_factory=dict)
@@ -480,6 +511,15 @@ class Recipe(BaseSettings):
             raise ValueError(
                 "harvest.budget.cost: teacher.price is needed to count it; give teacher.price.input_per_million and "
                 "teacher.price.output_per_million, or cap harvest.budget.requests"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_gain_can_pass(self) -> Recipe:
+        least = 2 / (self.evaluate.resamples + 1)
+        if self.promote.alpha <= least:
+            raise ValueError(
+                f"promote.alpha, evaluate.resamples: no p is below {least:.2g} with {self.evaluate.resamples} resamples; raise one of them"
             )
         return self
 

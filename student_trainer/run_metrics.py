@@ -1,7 +1,8 @@
 """Run directories as metrics, read off their files at every scrape: nothing is opened for writing and nothing locked.
 
 Labels take few values. `run` is a folder's name, of the MAX_RUNS newest; it is absent for a registry outside the runs. Stages, states,
-systems and metrics are those of the code, reasons of failed answers are the names of error classes. A run has about 100 series.
+systems and metrics are those of the code and the recipe, reasons of failed answers are the names of error classes. A run has about 200
+series.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "distill_harvest_failed_answers": ("Answers that failed, and were not had since, by the class of the reason.", ("run", "reason")),
     **{name: (text, ("run",)) for name, (_, text) in STEP_GAUGES.items()},
     "distill_training_wanted_steps": ("Optimizer steps of the whole training; by the epochs so far, unless the recipe says.", ("run",)),
-    "distill_evaluation_score": ("A system's score on the test split, 0 to 1.", ("run", "system", "metric")),
+    "distill_evaluation_score": ("A system's score on the test split, 0 to 1 but for length_ratio.", ("run", "system", "metric")),
     "distill_evaluation_gain": ("Distilled less the baseline of the promotion, 0 to 1.", ("run", "baseline", "metric")),
     "distill_evaluation_gain_low": ("Lower end of the gain's 95% interval.", ("run", "baseline", "metric")),
     "distill_evaluation_gain_high": ("Upper end of the gain's 95% interval.", ("run", "baseline", "metric")),
@@ -106,6 +107,12 @@ class _Gain(BaseModel):
     gain: float
     low: float | None
     high: float | None
+
+
+class _Format(BaseModel):
+    """Of a report; those of format 1 are of before, and left alone until the run is evaluated again."""
+
+    format: int = 1
 
 
 class _Report(BaseModel):
@@ -308,7 +315,9 @@ class _Scrape:
             self.add("distill_training_wanted_steps", recipe.train.max_steps or by_epochs, run)
 
     def _evaluation(self, run: str, folder: Path) -> None:
-        report = _read(folder / "evaluation" / "report.json", _Report)
+        file = folder / "evaluation" / "report.json"
+        made = _read(file, _Format)
+        report = _read(file, _Report) if made and made.format == 2 else None
         if not report:
             return
         for system, found in report.systems.items():

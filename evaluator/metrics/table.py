@@ -66,7 +66,7 @@ def _metrics() -> list[Metric]:
             "exact_match",
             "exact match",
             "share of answers equal to the reference but for case, white space and punctuation",
-            _column(lambda row: normalise(row.text) == normalise(row.reference)),
+            _column(lambda row: normalise(row.text) == normalise(row.reference) != ""),
             mean,
             by_row=True,
         ),

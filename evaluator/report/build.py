@@ -19,7 +19,7 @@ from evaluator.scores import DESCRIPTIVE, Compared, Scored, compare_all
 from evaluator.systems import DISTILLED, REFERENCE, TRIVIAL, Evaluated, System
 from shared.artifacts import Run, read_json, versions
 from shared.contracts import Example, Manifest, Split
-from shared.datasets.overlap import Overlap
+from shared.datasets.overlap import Overlap, too_short
 from shared.errors import DataError
 
 FEW_ROWS = 30
@@ -103,8 +103,13 @@ def _notes(run: Run, test: Sequence[Example], evaluated: Evaluated, scored: Mapp
         "p_holm is corrected for the other systems compared with in the same metric, not for the number of metrics; the gate looks at one "
         f"comparison alone ({rule.metric} over {rule.baseline}), so nothing is corrected there.",
     ]
-    if len(ours.ids) < FEW_ROWS:
-        notes.append(f"Only {len(ours.ids)} test rows: intervals and p values of so few rows are too hopeful.")
+    if 1 < len(ours.ids) < FEW_ROWS:
+        notes.append(f"Only {len(ours.ids)} test rows: intervals of so few are too narrow, and what is rare may not be among them.")
+    began = read_json(run.path / "run.json").get("recipe", {}).get("promote")
+    if began != rule.model_dump(mode="json"):
+        notes.append("The rule of promotion is not the one that the run began with (run.json): it may have been chosen by the outcome.")
+    if short := too_short(test):
+        notes.append(f"{short} of {len(test)} test questions have fewer than 8 words: near copies of them are not looked for.")
     if row_metric(metric) != metric:
         notes.append(f"{metric} is a corpus score: single rows, lengths and question types are scored by {row_metric(metric)}.")
     with_subject = sum(subject(e.question) is not None for e in test)
@@ -119,7 +124,13 @@ def _notes(run: Run, test: Sequence[Example], evaluated: Evaluated, scored: Mapp
         notes.append(
             f"{len(overlaps)} test rows share text with rows that were learned from, and were allowed to by evaluate.allow_overlap."
         )
-    notes += [f"{name}: {found.empty} of {len(found.ids)} answers are empty and score 0." for name, found in scored.items() if found.empty]
+    for name, found in scored.items():
+        if found.empty:
+            failed = f", {len(found.failed)} of them because it failed to answer" if found.failed else ""
+            notes.append(f"{name}: {found.empty} of {len(found.ids)} answers are empty and score 0{failed}.")
+    unknown = [s.name for s in evaluated.systems if s.group == "extra" and s.decoding is None]
+    if unknown:
+        notes.append(f"Whether answers of {', '.join(unknown)} were cut off is not known; they count as not cut off.")
     notes += [f"{name} is not scored: {why}." for name, why in evaluated.not_scored.items()]
     return notes
 

@@ -8,6 +8,7 @@ Summaries are not compared by n-grams: many questions are rightly summarised by 
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -75,7 +76,8 @@ def refuse_overlaps(found: Sequence[Overlap], allowed: Sequence[str]) -> None:
     if refused:
         told = "; ".join(f"{o.test_id} is {_WORDS[o.kind]} of {o.other_id} ({o.split})" for o in refused[:SHOWN])
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
-        ids = ", ".join(o.test_id for o in refused)
+        ids = ", ".join(json.dumps(o.test_id, ensure_ascii=False) for o in refused[:SHOWN])
+        ids += ", ..." if len(refused) > SHOWN else ""
         raise LeakageError(
             f"{len(refused)} test rows share text with rows that are learned from: {told}{more}; take one of each two out of the data, or "
             f"allow them by name: --set 'evaluate.allow_overlap=[{ids}]'"
@@ -83,6 +85,11 @@ def refuse_overlaps(found: Sequence[Overlap], allowed: Sequence[str]) -> None:
 
 
 _WORDS = {"question": "a copy", "summary": "summarised in the words", "near-question": "nearly a copy"}
+
+
+def too_short(examples: Sequence[Example]) -> int:
+    """Questions without a single n-gram, near copies of which are not found: short ones, and those of scripts without blanks."""
+    return sum(len(normalise(e.question).split()) < ORDER for e in examples)
 
 
 def _grams(text: str) -> set[tuple[str, ...]]:

@@ -24,7 +24,7 @@ from evaluator.systems import ALWAYS, TRIVIAL
 from shared.artifacts import Run, canonical, read_jsonl, write_jsonl
 from shared.contracts import Prediction, Response
 from shared.datasets.stage import prepare
-from shared.errors import DataError, EngineError, LeakageError, RequestRefused, SettingsError, StageOrder, TeacherUnavailable
+from shared.errors import DataError, EngineError, LeakageError, RequestRefused, SettingsError, StageOrder, TeacherFailed, TeacherUnavailable
 from shared.harvest.ledger import answer_files
 from shared.prompts import zero_shot
 from shared.settings import EvaluateSettings, PromoteSettings
@@ -189,7 +189,7 @@ def test_predictions_with_a_row_missing_are_refused(run):
     run_all(run)
     file = run.path / "evaluation" / "predictions.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(DataError, match=r"student-zero-shot: .* not answered"):
+    with pytest.raises(StageOrder, match=r"predictions\.jsonl is not what the evaluation wrote"):
         score_again(run.stage("evaluation", ["dataset", "model"]))
 
 
@@ -369,6 +369,80 @@ def test_a_judge_of_an_unknown_system_is_refused_before_anybody_is_asked(run):
 def test_bertscore_without_a_folder_of_a_model_is_refused_before_anybody_is_asked(run, tmp_path):
     with pytest.raises(SettingsError, match=r"evaluate\.bertscore\.model"):
         run_stage(reopened(run, bertscore={"model": tmp_path}))
+
+
+def test_scores_alone_are_refused_where_the_predictions_were_made_with_other_settings_or_are_not_as_they_were(run):
+    run_all(run)
+    for changes in ({"max_tokens": 7}, {"systems": [{"name": "other", "url": "http://127.0.0.1:9/v1"}]}):
+        with pytest.raises(StageOrder, match=f"other settings .evaluate.{next(iter(changes))}"):
+            score_again(reopened(run, **changes).stage("evaluation", ["dataset", "model"]))
+    score_again(reopened(run, seed=1).stage("evaluation", ["dataset", "model"]))
+    file = run.path / "evaluation" / "predictions.jsonl"
+    file.write_text(file.read_text().replace("What is it?", "What is gout?"))
+    with pytest.raises(StageOrder, match=r"predictions\.jsonl is not what the evaluation wrote"):
+        score_again(run.stage("evaluation", ["dataset", "model"]))
+
+
+def test_another_content_of_a_predictions_file_makes_the_evaluation_anew(run, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps({"example_id": e.id, "text": "What?"}) + "\n" for e in prepare(run)["test"]))
+    run = reopened(run, systems=[{"name": "theirs", "predictions": file}])
+    run_stage(run, **answering(run))
+    assert is_complete(run.stage("evaluation", ["dataset", "model"]))
+    file.write_text(file.read_text().replace("What?", "What is it?"))
+    assert not is_complete(run.stage("evaluation", ["dataset", "model"]))
+
+
+def test_a_teacher_that_was_not_heard_on_every_row_is_not_scored_and_as_baseline_ends_the_evaluation(tmp_path):
+    run = exported_run(tmp_path / "run", teacher={"launch": {"engine": "scripted"}, "max_attempts": 1})
+    right = references(run)
+    lost = next(iter(right))
+    deaf = FakeTeacher(lambda prompt: TeacherFailed("HTTP 500") if prompt == lost else right[prompt])
+    run_stage(run, **answering(run, teacher=deaf))
+    first = prepare(run)["test"][0].id
+    assert set(report(run)["not_scored"]) == {"teacher-zero-shot", "teacher-few-shot"}
+    assert f"no answer was heard to {first}" in report(run)["not_scored"]["teacher-zero-shot"]
+    assert "teacher-zero-shot" not in report(run)["systems"]
+    strict = Run.open(run.path, run.recipe.model_copy(update={"promote": PromoteSettings(baseline="teacher-zero-shot")}))
+    with pytest.raises(TeacherUnavailable, match="teacher-zero-shot, the baseline of the promotion: no answer was heard"):
+        run_stage(strict, **answering(run, teacher=deaf))
+    run_stage(strict, **answering(run))
+    assert "teacher-zero-shot" in report(run)["systems"]
+
+
+def test_a_baseline_that_cannot_be_scored_is_refused_with_the_reason_before_anybody_is_asked(tmp_path):
+    (tmp_path / "answers.jsonl").write_text("")
+    run = exported_run(
+        tmp_path / "run",
+        promote={"baseline": "theirs"},
+        evaluate={"systems": [{"name": "theirs", "predictions": tmp_path / "answers.jsonl"}]},
+    )
+    with pytest.raises(DataError, match=r"theirs is to be compared with and cannot be scored: .*not answered"):
+        run_stage(run)
+    rounds = exported_run(tmp_path / "rounds", train={"rounds": 2}, promote={"baseline": "distilled-r0"})
+    with pytest.raises(SettingsError, match=r"promote\.baseline: 'distilled-r0'"):
+        run_stage(rounds)
+
+
+def test_another_run_whose_student_has_learned_from_a_test_row_is_told(run, tmp_path):
+    other = exported_run(tmp_path / "sft", weights="sft")
+    write_jsonl(other.path / "dataset" / "train.jsonl", [prepare(run)["test"][3]])
+    with pytest.raises(LeakageError, match="is a copy of sft: "):
+        run_stage(reopened(run, systems=[{"name": "sft", "run": other.path}]))
+
+
+@pytest.mark.parametrize("name", ["ckpt-000500", "judge-x", "bertscore"])
+def test_a_name_under_which_answers_of_something_else_are_kept_is_refused(name):
+    with pytest.raises(ValueError, match="choose another"):
+        EvaluateSettings(systems=[{"name": name, "url": "http://127.0.0.1:9/v1"}])
+
+
+@pytest.mark.parametrize("url", ["http://u:secret@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?key=secret"])
+def test_a_secret_in_a_url_is_refused_before_a_file_is_written(url):
+    for settings in ({"systems": [{"name": "other", "url": url}]}, {"judge": {"url": url, "model": "m"}}):
+        with pytest.raises(ValueError, match="api_key_file") as refused:
+            EvaluateSettings(**settings)
+        assert "would be told in reports" in str(refused.value)
 
 
 def recipe_file(run, path):

@@ -8,9 +8,10 @@ from evaluated import recipe
 
 from evaluator.gate import decide, in_numbers, refusal
 from evaluator.metrics.table import METRICS
-from evaluator.scores import Scored, score
+from evaluator.scores import Scored, compare, score
 from evaluator.significance import Comparison
 from shared.contracts import Example, Prediction
+from shared.errors import DataError
 from shared.settings import Guarded, HigherIsBetter, PromoteSettings, SystemSettings
 
 RULE = PromoteSettings(margin=0.01)
@@ -112,6 +113,59 @@ def test_of_a_thousand_copies_of_one_system_with_noise_at_most_alpha_are_promote
         promoted += decide(both, mine).passed
     assert promoted / 1000 <= settings.promote.alpha
     assert promoted > 0  # else nothing is ever promoted, and this test says nothing
+
+
+def test_stored_predictions_without_exactly_one_to_each_row_are_refused_with_the_rows():
+    test = [Example(id=f"q{i}", question="?", summary="what") for i in range(3)]
+    found = [Prediction(system="s", example_id=i, text="what") for i in ("q0", "q0", "q9")]
+    with pytest.raises(DataError, match=r"s: q0 answered more than once; q1, q2 not answered; q9 not in the test split"):
+        score(found, test)
+
+
+def test_rows_on_which_the_baseline_failed_are_no_gain_and_are_told():
+    test = [Example(id=f"q{i}", question="?", summary=f"what is the treatment of disease {i}") for i in range(30)]
+
+    def answers(system, failed=()):
+        return [
+            Prediction(
+                system=system, example_id=e.id, text="" if i in failed else f"what is {i % 5}", failed="refused" if i in failed else None
+            )
+            for i, e in enumerate(test)
+        ]
+
+    found = score([*answers("distilled"), *answers("student-zero-shot", failed=range(8))], test)
+    decision = decide(found, recipe())
+    assert not decision.passed
+    assert decision.comparison.rows == 22
+    assert "8 rows on which student-zero-shot failed to answer are left out" in decision.failed[0]
+    assert not decide(score([*answers("distilled", failed=range(8)), *answers("student-zero-shot")], test), recipe()).passed
+
+
+def test_the_exchange_tests_a_margin_as_the_bootstrap_does():
+    random = np.random.default_rng(4)
+    gains = 0.1 + random.normal(0, 0.05, 40)
+    ours, theirs = np.full(40, 0.5) + gains, np.full(40, 0.5)
+    found = {
+        margin: compare(
+            Scored("a", IDS, ("",) * 40, {"rougeL": ours[:, np.newaxis]}, 0, 0),
+            Scored("b", IDS, ("",) * 40, {"rougeL": theirs[:, np.newaxis]}, 0, 0),
+            "rougeL",
+            margin=margin,
+            resamples=2000,
+            seed=0,
+        )
+        for margin in (0.0, float(gains.mean()))
+    }
+    assert found[0.0].p < 0.01
+    assert [c.p > 0.9 and c.p_bootstrap > 0.9 for c in found.values()] == [False, True]
+
+
+IDS = tuple(f"q{i}" for i in range(40))
+
+
+def test_an_alpha_that_no_p_can_reach_is_refused_with_both_settings():
+    with pytest.raises(ValueError, match=r"promote\.alpha, evaluate\.resamples: no p is below 0\.02"):
+        recipe(evaluate={"resamples": 100}, promote={"alpha": 0.01})
 
 
 def test_a_rule_may_name_every_metric_in_which_more_is_better_and_guard_those_in_which_less_is():

@@ -199,7 +199,7 @@ def test_a_registry_outside_the_runs_is_told_without_a_run_and_its_history_is_co
         ("responses/teacher/responses.jsonl", b"{}\n", ()),
         ("checkpoints/r0/log.jsonl", b'{"step": 1}\n', ("distill_training",)),
         ("checkpoints/r0/log.jsonl", json.dumps({**STEP, "epoch": 0}).encode() + b"\n", ("distill_training",)),
-        ("evaluation/report.json", b'{"systems": [], "comparisons": []}', ("distill_evaluation",)),
+        ("evaluation/report.json", b'{"format": 2, "systems": [], "comparisons": []}', ("distill_evaluation",)),
         ("registry/current.json", b"{}", ("distill_promoted",)),
         ("registry/history.jsonl", b"{}\n", ("distill_registry",)),
         ("registry/format.json", b'{"format": 2}', ("distill_promoted", "distill_registry")),

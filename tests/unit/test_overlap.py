@@ -55,7 +55,7 @@ def test_rows_of_test_alone_overlap_with_nothing_and_missing_summaries_are_not_e
 def test_what_is_not_allowed_by_name_is_refused_with_both_ids_and_the_setting_to_give():
     found = overlaps(rows([("one", None), ("two", None)], train=[("one", None), ("two", None)]))
     with pytest.raises(
-        LeakageError, match=r"1 test rows .*test-1 is a copy of train-1 \(train\).*evaluate\.allow_overlap=\[test-1\]"
+        LeakageError, match=r"1 test rows .*test-1 is a copy of train-1 \(train\).*evaluate\.allow_overlap=\[.test-1.\]"
     ) as refused:
         refuse_overlaps(found, ["test-0"])
     assert refused.value.exit_code == 5

@@ -35,7 +35,7 @@ def evaluated_run(path, *, better: bool = True, **changes):
     write_json(stage.path / "systems.json", Evaluated(systems=tuple(systems)).model_dump(mode="json"))
     for name in ("report.html", "report.json", "report.md"):
         (stage.path / name).write_text("report")
-    stage.finish([file for file in stage.path.iterdir() if file.is_file()], settings=evaluation_settings(run.recipe))
+    stage.finish([file for file in stage.path.iterdir() if file.is_file()], settings=evaluation_settings(run.recipe), counts={"given": {}})
     return run
 
 
