@@ -153,6 +153,7 @@ def storage_error(exc: OSError, path: Path) -> StorageError:
         errno.EDQUOT: "disk quota exceeded; free some and run the same command again: what was written is kept",
         errno.EROFS: "the file system is read-only; give a writable --out",
         errno.EACCES: "permission denied; give an --out that this user may write",
+        errno.EISDIR: "a folder stands where this file belongs; move it away and run the same command again",
         errno.EPERM: "operation not permitted; give an --out that this user may write",
     }.get(exc.errno or 0, exc.strerror or repr(exc))
     return StorageError(f"{path}: {remedy}")

@@ -76,6 +76,8 @@ def run_stage(run: Run, *, teacher_url: str | None = None, retry: frozenset[str]
         check(recipe, collected)
         answers = ledger.compact()
     counts = collected.counts()
+    if recipe.teacher.price is not None:
+        counts["cost"] = round(budget.account.cost, 6)  # of all commands together
     if recipe.harvest.redact is not None:
         counts["redacted"] = dict(sorted(prompts.redaction.counts.items()))
     settings = {

@@ -453,6 +453,7 @@ def test_a_cap_on_money_is_never_overshot_whether_the_teacher_counts_or_not(
     assert "cost" in status(out, capsys)
     assert harvest(file, out, "--set", "harvest.budget.cost=10000") == 0
     assert len(teacher.bodies) == 60
+    assert manifest(out)["counts"]["cost"] == pytest.approx(30 * 60)
 
 
 def test_a_cap_on_time_ends_the_harvest_and_raised_it_goes_on(
