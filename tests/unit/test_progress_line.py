@@ -213,9 +213,10 @@ def test_another_thread_than_the_main_one_has_no_signals_and_no_crash() -> None:
 def test_a_terminal_that_goes_away_ends_a_stage_as_told_and_not_with_an_error() -> None:
     """Where a terminal is closed its programs get SIGHUP, and writing to it fails from then on."""
     program = """
-        import time
+        import signal, time
         from shared.commands import Progress, interruptible
 
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
         with interruptible() as asked:
             progress = Progress("harvest", 100)
             print("ready", flush=True)
