@@ -127,14 +127,6 @@ class TeacherSettings(Section):
     """Seconds a teacher may stay dead before the harvest ends (before its first answer: at most 30)."""
     price: PriceSettings | None = None
 
-    @field_validator("url")
-    @classmethod
-    def _no_password(cls, url: str | None) -> str | None:
-        parts = urlsplit(url or "")
-        if parts.username is not None or parts.password is not None:
-            raise ValueError("a URL with user:password@ would be told in manifests and reports; give api_key_file, or protocol custom")
-        return url
-
     @field_validator("launch")
     @classmethod
     def _url_comes_first(cls, launch: LaunchSettings | None, others: ValidationInfo) -> LaunchSettings | None:
@@ -150,8 +142,12 @@ class TeacherSettings(Section):
             raise ValueError("protocol, custom: the section describes the API of protocol custom, and of no other; give both or none")
         if self.custom is not None and self.url is None:
             raise ValueError("url: give the whole URL of the API that custom describes; a launched teacher needs no description")
-        if self.custom is not None and any(SECRET.search(name) for name, _ in parse_qsl(urlsplit(self.url or "").query)):
-            raise ValueError('url: it holds a secret; send it as a header of custom, with "{api_key}" for it')
+        parts = urlsplit(self.url or "")
+        if parts.username is not None or parts.password is not None or any(SECRET.search(name) for name, _ in parse_qsl(parts.query)):
+            raise ValueError(
+                "url: it holds a secret, and would be told in manifests and reports; give api_key_file, or protocol custom, which can send "
+                'a key as another header, with "{api_key}" for it'
+            )
         return self
 
     @property
@@ -338,14 +334,11 @@ class ExportSettings(Section):
     quantization: Quantization = DEFAULT_QUANTIZATION
 
 
-def _without_secrets(url: str | None) -> str | None:
-    """Of a validator of a URL that goes into reports. Raises ValueError."""
-    parts = urlsplit(url or "")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("a URL with user:password@ would be told in reports; give the key as a header, by api_key_file")
-    if parts.query:
-        raise ValueError("a URL with a query (?...) cannot be asked here, and would be told in reports; give the key by api_key_file")
-    return url
+def _refuse_more_than_a_base(url: str) -> None:
+    """Of the model validators of URLs that are told in reports; a field's would repeat what was given. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None or parts.query:
+        raise ValueError("url: user:password@ and ?... would be told in reports; give the base URL alone, and a key by api_key_file")
 
 
 class SystemSettings(Section):
@@ -367,8 +360,6 @@ class SystemSettings(Section):
     predictions: Path | None = None
     """A .jsonl of {"example_id": ..., "text": ...}, one line a test row; other fields are not read."""
 
-    _url = field_validator("url")(_without_secrets)
-
     @field_validator("name")
     @classmethod
     def _no_other_files_name(cls, name: str) -> str:
@@ -380,6 +371,8 @@ class SystemSettings(Section):
     def _one_source(self) -> SystemSettings:
         if sum(source is not None for source in (self.url, self.run, self.predictions)) != 1:
             raise ValueError(f"{self.name}: give exactly one of url, run and predictions")
+        if self.url is not None:
+            _refuse_more_than_a_base(self.url)
         return self
 
 
@@ -403,14 +396,17 @@ class JudgeSettings(Section):
     """Only the first so many test rows."""
     max_tokens: int = Field(64, ge=1, le=4096)
     """Of one answer. The verdict is one word; a model that thinks aloud first needs more."""
-    _url = field_validator("url")(_without_secrets)
-
     criteria: str = Field(
         "The better answer does what the task says, keeps to what the input says, leaves out nothing that matters, and adds nothing. "
         "Neither the order of the answers nor their length is a reason by itself.",
         min_length=1,
     )
     """What makes an answer better, in words for the judge."""
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> JudgeSettings:
+        _refuse_more_than_a_base(self.url)
+        return self
 
 
 class BertScoreSettings(Section):
@@ -442,7 +438,8 @@ class EvaluateSettings(Section):
     """Of the bootstrap, and exchanges of the randomisation test."""
     seed: int = Field(0, ge=0)
     allow_overlap: tuple[str, ...] = ()
-    """Ids of test rows that may share text with a row of train or validation; any other that does ends the run."""
+    """Ids of test rows that may share text with a row of train or validation, or kinds of sharing: question, summary, near-question
+    (shared/datasets/overlap.py). Any other that does ends the run."""
     judge: JudgeSettings | None = None
     bertscore: BertScoreSettings | None = None
 

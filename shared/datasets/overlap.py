@@ -71,8 +71,8 @@ def overlaps(rows: Mapping[Split, Sequence[Example]]) -> list[Overlap]:
 
 
 def refuse_overlaps(found: Sequence[Overlap], allowed: Sequence[str]) -> None:
-    """Raises LeakageError that names the test rows which `allowed` (evaluate.allow_overlap) does not."""
-    refused = [overlap for overlap in found if overlap.test_id not in allowed]
+    """Raises LeakageError that names the test rows which `allowed` (evaluate.allow_overlap: ids, and kinds of overlap) does not."""
+    refused = [overlap for overlap in found if not {overlap.test_id, overlap.kind} & set(allowed)]
     if refused:
         told = "; ".join(f"{o.test_id} is {_WORDS[o.kind]} of {o.other_id} ({o.split})" for o in refused[:SHOWN])
         more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
@@ -80,7 +80,8 @@ def refuse_overlaps(found: Sequence[Overlap], allowed: Sequence[str]) -> None:
         ids += ", ..." if len(refused) > SHOWN else ""
         raise LeakageError(
             f"{len(refused)} test rows share text with rows that are learned from: {told}{more}; take one of each two out of the data, or "
-            f"allow them by name: --set 'evaluate.allow_overlap=[{ids}]'"
+            f"allow them by name: --set 'evaluate.allow_overlap=[{ids}]', or, where a text stands in every row, all of a kind: "
+            f"[{', '.join(sorted({o.kind for o in refused}))}]"
         )
 
 

