@@ -363,6 +363,12 @@ def _teacher_ledger(run: Run, system: str) -> AnswerLedger:
     return AnswerLedger(run.path / "evaluation" / "answers", system)
 
 
+def _failure(row: Response) -> str | None:
+    """The class of a failure, but for "empty": nothing is what that model had to say."""
+    kind = (row.reason or "unknown").partition(":")[0] if row.status == "failed" else "empty"
+    return None if kind == "empty" else kind
+
+
 def _predictions(run: Run, by_system: Mapping[str, Sequence[Ask]]) -> list[Prediction]:
     found = []
     for system, wanted in by_system.items():
@@ -374,7 +380,7 @@ def _predictions(run: Run, by_system: Mapping[str, Sequence[Ask]]) -> list[Predi
                         example_id=ask.example_id,
                         text=row.text.strip(),
                         finish_reason=row.finish_reason,
-                        failed=(row.reason or "unknown").partition(":")[0] if row.status == "failed" else None,
+                        failed=_failure(row),
                         prompt_sha256=prompt_sha256(ask.request),
                     )
                 )

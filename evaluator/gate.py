@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from evaluator.scores import Scored, compare
 from evaluator.significance import Comparison
 from evaluator.systems import DISTILLED
-from shared.errors import DataError
 from shared.settings import PromoteSettings, Recipe
 
 
@@ -38,12 +37,13 @@ def decide(scored: Mapping[str, Scored], recipe: Recipe) -> Decision:
     """
     rule = recipe.promote
     lost = scored[rule.baseline].failed
-    ours, theirs = (scored[name].without(lost) for name in (DISTILLED, rule.baseline))
-    if not ours.ids:
-        raise DataError(f"{rule.baseline} has failed on every test row, so nothing can be compared with it")
-    found = compare(ours, theirs, rule.metric, margin=rule.margin, resamples=recipe.evaluate.resamples, seed=recipe.evaluate.seed)
     met: list[str] = []
     failed: list[str] = []
+    if lost.issuperset(scored[DISTILLED].ids):
+        failed.append(f"{rule.baseline} has failed to answer every test row, so nothing can be compared with it")
+        lost = frozenset()
+    ours, theirs = (scored[name].without(lost) for name in (DISTILLED, rule.baseline))
+    found = compare(ours, theirs, rule.metric, margin=rule.margin, resamples=recipe.evaluate.resamples, seed=recipe.evaluate.seed)
     if found.rows < rule.min_rows:
         failed.append(f"{found.rows} scored test rows: promote.min_rows is {rule.min_rows}")
     why = refusal(found, rule)

@@ -112,7 +112,7 @@ class Prediction(Contract):
     text: str
     finish_reason: FinishReason | None = None
     failed: str | None = None
-    """Why there is no answer (a FailureClass), and `text` is empty."""
+    """Why there is no answer (a FailureClass), and `text` is empty. An answer of nothing but blanks is one."""
     prompt_sha256: str | None = None
     """Of the prompt, or of the chat turns as JSON; None for systems that were not asked here."""
 

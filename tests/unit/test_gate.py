@@ -141,6 +141,16 @@ def test_rows_on_which_the_baseline_failed_are_no_gain_and_are_told():
     assert not decide(score([*answers("distilled", failed=range(8)), *answers("student-zero-shot")], test), recipe()).passed
 
 
+def test_a_baseline_that_failed_on_every_row_lets_nobody_pass():
+    test = [Example(id=f"q{i}", question="?", summary=f"what is {i}") for i in range(30)]
+    found = score(
+        [Prediction(system="distilled", example_id=e.id, text=e.summary) for e in test]
+        + [Prediction(system="student-zero-shot", example_id=e.id, text="", failed="too_long") for e in test],
+        test,
+    )
+    assert "failed to answer every test row" in decide(found, recipe()).failed[0]
+
+
 def test_the_exchange_tests_a_margin_as_the_bootstrap_does():
     random = np.random.default_rng(4)
     gains = 0.1 + random.normal(0, 0.05, 40)
