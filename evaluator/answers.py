@@ -268,7 +268,6 @@ def _asked(
     Raises as `teacher_predictions` does.
     """
     recipe = run.recipe
-
     limits = limits or Limits.of(recipe)
 
     async def ask_all() -> dict[str, Any]:

@@ -31,7 +31,7 @@ def promote(run: Run, registry: Path) -> Promoted:
     from evaluator.card import with_scores
     from evaluator.gate import decide, in_numbers
     from evaluator.metrics.table import MAIN
-    from evaluator.stage import is_complete, scores_of
+    from evaluator.stage import BERTSCORE, KEPT, REPORTS, is_complete, scores_of
     from evaluator.systems import DISTILLED, refuse_unknown_baseline
     from shared import registry as store
     from shared.datasets.stage import prepare
@@ -62,8 +62,7 @@ def promote(run: Run, registry: Path) -> Promoted:
     before = store.current(registry)
     verdict, dataset = in_numbers(decision.comparison, rule), run.recipe.dataset
     card = with_scores(_card(run), scored, name=run.recipe.name, dataset=dataset.hub or dataset.name, verdict=verdict)
-    names = ("predictions.jsonl", "systems.json", "bertscore.jsonl", "report.json", "report.html", "report.md")
-    kept = [file for name in names if (file := run.path / "evaluation" / name).is_file()]
+    kept = [file for name in (*KEPT, BERTSCORE, *REPORTS) if (file := run.path / "evaluation" / name).is_file()]
     promoted = store.promote(
         registry,
         run.path / "model" / "serving",

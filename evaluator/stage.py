@@ -92,9 +92,9 @@ def evaluate(
         if more.url is not None:
             found.add(url_predictions(run, test, given, more, open_system=partial(open_system, more)))
     found.add(student_predictions(run, test, given, load_base=load_base, load=load))
-    if run.recipe.promote.baseline in found.not_scored:
-        name = run.recipe.promote.baseline
-        raise TeacherUnavailable(f"{name}, the baseline of the promotion: {found.not_scored[name]}")
+    for name in wanted:
+        if name in found.not_scored:
+            raise TeacherUnavailable(f"{name} is to be compared with: {found.not_scored[name]}")
     systems, predictions = simple_systems(run.recipe, rows["train"], test)
     found.add(Collected(systems, predictions))
     ordered = in_order(found.systems, run)

@@ -404,7 +404,7 @@ def test_a_teacher_that_was_not_heard_on_every_row_is_not_scored_and_as_baseline
     assert f"no answer was heard to {first}" in report(run)["not_scored"]["teacher-zero-shot"]
     assert "teacher-zero-shot" not in report(run)["systems"]
     strict = Run.open(run.path, run.recipe.model_copy(update={"promote": PromoteSettings(baseline="teacher-zero-shot")}))
-    with pytest.raises(TeacherUnavailable, match="teacher-zero-shot, the baseline of the promotion: no answer was heard"):
+    with pytest.raises(TeacherUnavailable, match="teacher-zero-shot is to be compared with: no answer was heard"):
         run_stage(strict, **answering(run, teacher=deaf))
     run_stage(strict, **answering(run))
     assert "teacher-zero-shot" in report(run)["systems"]
