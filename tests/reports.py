@@ -93,6 +93,7 @@ def report_and_answers(
     others = [name for name, group in groups.items() if group not in ("distilled", "reference")]
     named = ["distilled", *others]
     pairs = [(a, b) for n, a in enumerate(named) for b in named[n + 1 :]]
+    down = EVIL if evil else "no answer from http://127.0.0.1:9/v1"
     text = EVIL if evil else "Intervals speak of the choice of test rows, not of the luck of one training seed."
     report = Report(
         recipe=EVIL if evil else "offline-demo",
@@ -103,7 +104,7 @@ def report_and_answers(
         baseline="student-zero-shot",
         test_rows=rows,
         systems=systems,
-        not_scored={"extra-down": EVIL if evil else "no answer from http://127.0.0.1:9/v1"},
+        not_scored={"extra-down": down},
         comparisons=[_compared("distilled", b, m, means, scored, one) for m in DEFINITIONS for b in others],
         pairs=[_compared(a, b, metric, means, scored, one) for a, b in pairs],
         resamples=1000,
@@ -131,7 +132,7 @@ def report_and_answers(
         ],
         settings={"name": EVIL if evil else "offline-demo", "harvest": {"samples": 4, "stop": ["\n"], "redact": None}},
         versions={"python": "3.11.7", "rouge_score": "0.1.2"},
-        notes=[text],
+        notes=[text, f"extra-down is not scored: {down}."],
     )
     return report, answers
 

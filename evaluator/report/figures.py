@@ -77,11 +77,6 @@ def gains(report: Report, metric: str) -> dict[str, Comparison]:
     return {name: found[name] for name in report.systems if name in found}
 
 
-def caveats(report: Report) -> list[str]:
-    """What to know before believing a number, each said once."""
-    return list(dict.fromkeys([*report.notes, *(f"{name} is not scored: {why}." for name, why in report.not_scored.items())]))
-
-
 def stages(report: Report, pattern: str) -> dict[str, Mapping[str, Any]]:
     """The stages before this one whose name matches as a whole, in order."""
     return {name: stage for name, stage in report.stages.items() if re.fullmatch(pattern, name)}

@@ -91,7 +91,7 @@ def _data(report: Report) -> Iterator[str]:
 
 def _notes(report: Report) -> Iterator[str]:
     yield from ("", "## Caveats", "")
-    yield from (f"- {_text(caveat)}" for caveat in figures.caveats(report))
+    yield from (f"- {_text(caveat)}" for caveat in report.notes)
     allowed = sum(o.allowed for o in report.overlaps)
     yield f"- Overlaps of test rows with train or validation: {len(report.overlaps)}, {allowed} of them allowed."
 
