@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.commands import open_run, stage_parser
-from shared.errors import DataError, PromotionRefused, StageOrder, StorageError
+from shared.errors import DataError, PromotionRefused, SettingsError, StageOrder, StorageError
 
 if TYPE_CHECKING:
     from shared.artifacts import Run
@@ -16,17 +16,34 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     parser = stage_parser("promote", "Make the distilled student the served one, if it is provably better than the recipe's baseline.")
     parser.add_argument("--registry", type=Path, metavar="DIR", help="where promoted students are kept (default: registry/ in the run)")
+    parser.add_argument(
+        "--canary", metavar="SHARE", help="try it on this share of the requests, e.g. 0.1; the others go to what is served, which stays so"
+    )
     arguments = parser.parse_args(argv)
+    canary = None if arguments.canary is None else _share(arguments.canary)
     run = open_run(arguments)
-    promote(run, arguments.registry or run.path / "registry")
+    promote(run, arguments.registry or run.path / "registry", canary=canary)
     return 0
 
 
-def promote(run: Run, registry: Path) -> Promoted:
-    """Promote the run's model, or record in the registry why not.
+def _share(text: str) -> float:
+    """What --canary says. Raises SettingsError."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise SettingsError(f"--canary {text}: give the share of the requests as a number above 0 and below 1, e.g. --canary 0.1 for 10%")
+    return share
 
-    Raises PromotionRefused with the numbers, StageOrder if this model has not been evaluated, DataError if a file is not the one
-    that was evaluated, SettingsError for an unknown baseline, StorageError. Unless it returns, what is served stays served.
+
+def promote(run: Run, registry: Path, *, canary: float | None = None) -> Promoted:
+    """Promote the run's model, or record in the registry why not. `canary`: make it the canary instead, with this share of the
+    requests, by the same rule.
+
+    Raises PromotionRefused with the numbers, or for a canary that has nothing to be tried beside; StageOrder if this model has not been
+    evaluated, DataError if a file is not the one that was evaluated, SettingsError for an unknown baseline, StorageError. Unless it
+    returns, what is served stays served.
     """
     from evaluator.card import with_scores
     from evaluator.gate import decide, in_numbers
@@ -59,7 +76,8 @@ def promote(run: Run, registry: Path) -> Promoted:
         except StorageError as exc:
             raise PromotionRefused(f"{refused} (the registry could not note it: {exc})") from exc
         raise PromotionRefused(refused)
-    before = store.current(registry)
+    tried = store.canary(registry)
+    before = store.current(registry) if canary is None else tried and tried.promoted
     verdict, dataset = in_numbers(decision.comparison, rule), run.recipe.dataset
     card = with_scores(_card(run), scored, name=run.recipe.name, dataset=dataset.hub or dataset.name, verdict=verdict)
     kept = [file for name in (*KEPT, BERTSCORE, *REPORTS) if (file := run.path / "evaluation" / name).is_file()]
@@ -74,11 +92,17 @@ def promote(run: Run, registry: Path) -> Promoted:
         # with the test rows, so that versions can be compared when their runs have gone
         attachments=[("README.md", card), run.path / "dataset" / "test.jsonl", *kept],
         expected=expected,
+        canary=canary,
     )
     if promoted == before:
-        print(f"promote: version {promoted.version} is served already, nothing to do")
+        print(f"promote: version {promoted.version} is {'served' if canary is None else 'the canary'} already, nothing to do")
+    elif canary is not None:
+        gets = f"version {promoted.version} gets {canary * 100:g}% of the requests"
+        print(f"canary: {gets}; `distill promote` makes it the served one, `distill rollback` ends it")
     else:
         print(f"promoted: version {promoted.version}, {verdict}")
+        if tried and tried.promoted.version != promoted.version:
+            print(f"promote: the canary, version {tried.promoted.version}, is over")
     return promoted
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from evaluator.scores import Scored
     from evaluator.significance import Comparison
     from shared.contracts import Example
-    from shared.registry import Event, Promoted
+    from shared.registry import Canary, Event, Promoted
 
 MAIN = ("rouge1", "rouge2", "rougeL", "bleu")
 """Scores that a list has room for; `--json` has all."""
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="every version, the newest first, and which of them is served")
     listing.add_argument("--json", action="store_true", help="print one JSON object instead, with all scores")
-    told = commands.add_parser("history", help="every promotion, rollback and refusal, with its reason, oldest first")
+    told = commands.add_parser("history", help="every promotion, canary, rollback and refusal, with its reason, oldest first")
     comparing = commands.add_parser(
         "diff",
         help="two versions: settings, scores, files, and a paired comparison on their test rows",
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     )
     for name in ("a", "b"):
         comparing.add_argument(
-            name, metavar=name.upper(), help="a version's id, the beginning of it or of the hash in it, or: current, previous"
+            name, metavar=name.upper(), help="a version's id, the beginning of it or of the hash in it, or: current, canary, previous"
         )
     for command in (listing, told, comparing):
         add_where(command)
@@ -75,44 +75,54 @@ def where(arguments: argparse.Namespace) -> Path:
 
 
 def show_list(registry: Path, *, as_json: bool) -> None:
-    """Print every version and what has been refused since the last promotion or rollback. A damaged version is a row like others.
+    """Print every version and what has been refused since the last promotion, canary or rollback. A damaged version is a row like
+    others.
 
-    Raises DataError, after all that can be told, if the pointer or the history is damaged.
+    Raises DataError, after all that can be told, if a pointer or the history is damaged.
     """
     from shared import registry as store
     from shared.errors import DataError
 
     troubles: list[DataError] = []
-    known, served, events = store.versions(registry), None, []
+    known, served, tried, events = store.versions(registry), None, None, []
     try:
         served = store.current(registry)
+        tried = store.canary(registry)
     except DataError as exc:
         troubles.append(exc)
     try:
         events = store.history(registry)
     except DataError as exc:
         troubles.append(exc)
-    if served is not None and served.version not in known:
-        known[served.version] = DataError(f"versions/{served.version}/promoted.json is gone")
-    rows = [_row(version, found, served, events) for version, found in sorted(known.items(), reverse=True)]
+    for pointer in (served, tried.promoted if tried else None):
+        if pointer is not None and pointer.version not in known:
+            known[pointer.version] = DataError(f"versions/{pointer.version}/promoted.json is gone")
+    rows = [_row(version, found, served, tried, events) for version, found in sorted(known.items(), reverse=True)]
     last = next((event for event in reversed(events) if event.what != "refused"), None)
     refused = events[events.index(last) + 1 :] if last else events
     if as_json:
-        told = {"served": served.version if served else None, "versions": rows, "refused": [event.model_dump() for event in refused]}
+        told = {
+            "served": served.version if served else None,
+            "canary": {"version": tried.promoted.version, "share": tried.share} if tried else None,
+            "versions": rows,
+            "refused": [event.model_dump() for event in refused],
+        }
         print(json.dumps(told, indent=2, ensure_ascii=False))
     else:
-        _print_list(registry, rows, last, refused)
+        _print_list(registry, rows, tried, last, refused)
     if troubles:
         raise troubles[0]
 
 
-def _row(version: str, found: Promoted | Exception, served: Promoted | None, events: Sequence[Event]) -> dict[str, Any]:
-    """One version as `list --json` gives it. Of the served one the scores are those that it was last promoted with."""
-    is_served = served is not None and served.version == version
-    state = _state(version, served, events)
-    promoted = served if is_served else found
+def _row(
+    version: str, found: Promoted | Exception, served: Promoted | None, tried: Canary | None, events: Sequence[Event]
+) -> dict[str, Any]:
+    """One version as `list --json` gives it. Of the served one and the canary the scores are those that it was last promoted with."""
+    pointers = {pointer.version: pointer for pointer in (served, tried.promoted if tried else None) if pointer is not None}
+    state = _state(version, found, served, tried, events)
+    promoted = pointers.get(version, found)
     error = str(found) if isinstance(found, Exception) else None
-    if promoted is None or isinstance(promoted, Exception):
+    if isinstance(promoted, Exception):
         return {"version": version, "state": state, "error": error, "name": None, "promoted_at": None, "scores": {}, "run": None}
     return {
         "version": version,
@@ -125,23 +135,31 @@ def _row(version: str, found: Promoted | Exception, served: Promoted | None, eve
     }
 
 
-def _state(version: str, served: Promoted | None, events: Sequence[Event]) -> str:
-    """served; previous: what a rollback goes back to; earlier: what further ones do; rolled back: was served; never served: neither."""
+def _state(version: str, found: Promoted | Exception, served: Promoted | None, tried: Canary | None, events: Sequence[Event]) -> str:
+    """served; canary: on a share of the requests; previous: what a rollback goes back to; earlier: what further ones do; rolled back:
+    was served; tried: was a canary and no more; never served: none of these.
+    """
     if served is None:
         return "unknown"
     if version == served.version:
         return "served"
+    if tried and version == tried.promoted.version:
+        return "canary"
     if version in served.served_before:
         return "previous" if version == served.served_before[-1] else "earlier"
-    return "rolled back" if any(event.version == version for event in events) else "never served"
+    if any(event.version == version for event in events):
+        return "rolled back"
+    begun = None if isinstance(found, Exception) else found.promoted_at
+    return "tried" if any(event.what == "canary" and event.at == begun for event in events) else "never served"
 
 
-def _print_list(registry: Path, rows: Sequence[dict[str, Any]], last: Event | None, refused: Sequence[Event]) -> None:
+def _print_list(registry: Path, rows: Sequence[dict[str, Any]], tried: Canary | None, last: Event | None, refused: Sequence[Event]) -> None:
     if rows:
         metrics = [metric for metric in MAIN if any(metric in row["scores"] for row in rows)]
         table = [["VERSION", "NAME", "PROMOTED (UTC)", *metrics, "STATE", "RUN"]]
         for row in rows:
-            state = row["state"] + (", damaged" if row["error"] else "")
+            share = f" {tried.share * 100:g}%" if tried and row["state"] == "canary" else ""
+            state = row["state"] + share + (", damaged" if row["error"] else "")
             scores = [_points(row["scores"].get(metric)) for metric in metrics]
             table.append([row["version"], row["name"] or "-", _time(row["promoted_at"]), *scores, state, row["run"] or "-"])
         print("\n".join(_aligned(table, right=range(3, 3 + len(metrics)))))

@@ -25,6 +25,7 @@ COMMANDS = {
     "rollback": ("evaluator.rollback", "serve the previously promoted student again"),
     "registry": ("evaluator.registry", "which students were promoted, their history, and how two of them differ"),
     "serve": ("student_trainer.serving.main", "serve the promoted student over HTTP"),
+    "batch": ("student_trainer.batch.run", "answer every row of a JSON Lines or CSV file by the served student"),
     "status": ("student_trainer.status", "what a run directory has done and what is left"),
     "monitor": ("student_trainer.monitor", "tell Prometheus how far the runs are"),
 }

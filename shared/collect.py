@@ -83,8 +83,10 @@ class Collected:
 TOO_LONG = Refusal("too_long", "the prompt and its answer exceed the model's context")
 
 
-def row_of(ask: Ask, key: str, sample: int, choice: Completion | Refusal, *, latency_s: float, attempts: int) -> Response:
-    """The ledger line of a sample; `key`: its own. An answer of blanks alone is a failed row."""
+def row_of(
+    ask: Ask, key: str, sample: int, choice: Completion | Refusal, *, latency_s: float, attempts: int, version: str | None = None
+) -> Response:
+    """The ledger line of a sample; `key`: its own; `version`: of the model, if it says so. An answer of blanks alone is a failed row."""
     if isinstance(choice, Completion) and not choice.text.strip():
         choice = Refusal("empty", "nothing but blanks")
     completion = choice if isinstance(choice, Completion) else None
@@ -96,7 +98,7 @@ def row_of(ask: Ask, key: str, sample: int, choice: Completion | Refusal, *, lat
         text=_whole(completion.text) if completion else "",
         finish_reason=completion.finish_reason if completion else None,
         reason=_whole(choice.reason) if isinstance(choice, Refusal) else None,
-        model=ask.model,
+        model=version or ask.model,
         latency_s=round(latency_s, 4),
         attempts=attempts,
         received_at=now(),

@@ -55,6 +55,8 @@ class GenerationRequest(Contract):
     prompt: str | None = None
     n: int = Field(1, ge=1, le=64)
     sampling: Sampling = Sampling()
+    beam_size: int = Field(1, ge=1, le=8)
+    """Above 1: beam search of one greedy completion, which a model in this process knows and others ignore."""
 
 
 class Completion(Contract):
@@ -80,6 +82,7 @@ class Response(Contract):
     reason: str | None = None
     """Why a failed row failed: its class first, then what was said."""
     model: str
+    """The public name that was asked for or, where the answer says so, the version that has answered."""
     latency_s: float = Field(ge=0)
     attempts: int = Field(ge=1)
     received_at: str

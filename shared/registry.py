@@ -5,8 +5,13 @@ REGISTRY/
   versions/<id>/serving/        a copy of the serving folder, beside it the model card and the reports
   versions/<id>/promoted.json   written last: a version without it does not exist
   current.json                  what is served now; replaced in one step, so a reader needs no lock
-  history.jsonl                 every promotion, rollback and refusal, with its reason
+  canary.json                   while a version is tried on a share of the requests: which, and the share; set and removed in one step
+  history.jsonl                 every promotion, canary, rollback and refusal, with its reason
   .writer                       locked by the one process that writes, and says which that is; a lock dies with its process
+
+Version 0.1.0 knows no canaries, and reads and writes registries without them as ever. Of one that has had a canary it goes on
+serving current.json, to all requests; its other commands refuse the history, whose line it cannot read, and change nothing. So
+nothing is misunderstood and the format stays 1: another number would keep its servers from serving what they can.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -29,6 +34,7 @@ from shared.artifacts import (
     LOST_AND_FOUND,
     Ledger,
     canonical,
+    fsync_dir,
     new_directory,
     now,
     read_json,
@@ -43,10 +49,12 @@ from shared.errors import DataError, PromotionRefused, RunMismatch, StorageError
 
 FORMAT = 1
 """Of registries. One without format.json is of format 1: version 0.1.0 began without it."""
-ENTRIES = {"format.json", "current.json", "history.jsonl", "versions"}
+ENTRIES = {"format.json", "current.json", "canary.json", "history.jsonl", "versions"}
 VERSION = r"^[0-9TZ]+-[0-9a-f]{12}$"
 REFUSAL_WAITS_S = 60.0
 """Seconds that a refusal waits for the promotion under way: it wins nothing by being told that it came second."""
+KILLED = "written down late: the process was ended right after"
+ContractT = TypeVar("ContractT", bound=Contract)
 
 
 class Promoted(Contract):
@@ -67,20 +75,30 @@ class Promoted(Contract):
     run: str
     """The run directory it came from."""
     promoted_at: str
-    """UTC, ISO 8601: when it became what is served, by promotion or rollback."""
+    """UTC, ISO 8601: when it became what is served, by promotion or rollback, or the canary."""
     served_before: tuple[str, ...] = ()
-    """Versions that rollbacks go back to, oldest first."""
+    """Versions that rollbacks go back to, oldest first. Of a canary the last of them is the one it is tried beside."""
+
+
+class Canary(Contract):
+    """A student that is tried on a share of the requests; the others go to what is served."""
+
+    promoted: Promoted
+    share: float = Field(gt=0, lt=1)
+    """Of the requests."""
 
 
 class Event(Contract):
     """One line of the registry's history."""
 
     at: str
-    what: Literal["promoted", "rolled back", "refused"]
+    what: Literal["promoted", "canary", "rolled back", "refused"]
+    """rolled back: what is served, or the canary, which leaves `version` what it was."""
     version: str | None
     """What is served after it."""
     reason: str
     run: str | None = None
+    """Of the student that was promoted, tried, refused or gone back to, or that was the canary; so are the scores."""
     scores: dict[str, float] = Field(default_factory=dict)
 
 
@@ -90,7 +108,19 @@ def current(registry: Path) -> Promoted | None:
     Raises DataError for a damaged pointer, RunMismatch for a directory that is no registry, or one of another version.
     """
     _check(registry)
-    return _read(registry / "current.json")
+    return _read(registry / "current.json", Promoted, "promote again")
+
+
+def canary(registry: Path) -> Canary | None:
+    """What is tried on a share of the requests now; None where nothing is.
+
+    A canary is tried beside one version. Once another is served it is over, although its file may still be there for a moment, or
+    after a kill until the next writer comes: there is no instant at which a version is its own canary. Raises as `current` does.
+    """
+    _check(registry)
+    found = _read(registry / "canary.json", Canary, "set the canary again if it is still wanted: what is served stays served")
+    served = current(registry)
+    return found if found and served and found.promoted.served_before[-1:] == (served.version,) else None
 
 
 def versions(registry: Path) -> dict[str, Promoted | DataError]:
@@ -104,7 +134,7 @@ def versions(registry: Path) -> dict[str, Promoted | DataError]:
         if not re.match(VERSION, file.parent.name):
             continue
         try:
-            promoted = _read(file)
+            promoted = _read(file, Promoted, "promote again")
             if promoted is not None and promoted.version != file.parent.name:
                 raise DataError(f"{file} speaks of version {promoted.version}; remove {file.parent} and promote that student again")
         except DataError as exc:
@@ -116,7 +146,8 @@ def versions(registry: Path) -> dict[str, Promoted | DataError]:
 
 
 def find(registry: Path, name: str) -> Promoted:
-    """One version: `current`, `previous` (what a rollback goes back to), or an id, or the beginning of an id or of the hash in it.
+    """One version: `current`, `canary`, `previous` (what a rollback goes back to where there is no canary), or an id, or the beginning
+    of an id or of the hash in it.
 
     Raises DataError for a name that fits none, or several, with those there are; for a damaged version; as `current` does.
     """
@@ -125,6 +156,10 @@ def find(registry: Path, name: str) -> Promoted:
         raise DataError(f"{registry}: nothing has been promoted, so there is no version {name!r}")
     if name == "current":
         return served
+    if name == "canary":
+        if (tried := canary(registry)) is None:
+            raise DataError(f"{registry}: there is no canary; `distill promote --canary 0.1` makes one")
+        return tried.promoted
     if name == "previous":
         if not served.served_before:
             raise DataError(f"{registry}: nothing was served before version {served.version}, so there is no previous one")
@@ -166,19 +201,26 @@ def promote(
     reason: str,
     attachments: Sequence[Path | tuple[str, str]] = (),
     expected: Mapping[str, str] | None = None,
+    canary: float | None = None,
 ) -> Promoted:
     """Copy a serving folder into the registry and make it the served version. Of what is served already scores and attachments alone
     are written anew, if they differ.
 
     `attachments` are kept beside it, files or names with their text: the model card, the reports. `reason` goes into the history.
     `expected`: the SHA-256 of every file that is to be there, relative to the folder; None: whatever is there.
+    `canary`: a share of the requests, between 0 and 1: the version becomes the canary, in place of the one before if there is one,
+    and what is served stays served. Without it the canary is over, whichever version it was: who promotes decides who answers every
+    request, and what was tried beside another version has not been tried beside this one.
 
     Of two promotions at once, one is made and the other gets StorageError at once, having written nothing. One that begins after the
     other has ended is made as well, although it was decided upon while something else was served: decisions are made against a
     baseline of the recipe, which no promotion changes. The later one is then served, and a rollback goes back to the other.
 
-    Raises DataError for an incomplete serving folder, StorageError for a full disk or while another process writes the registry.
+    Raises DataError for an incomplete serving folder, PromotionRefused for a canary where nothing is served or this very version is,
+    StorageError for a full disk or while another process writes the registry, ValueError for a share that is none.
     """
+    if canary is not None and not 0 < canary < 1:
+        raise ValueError(f"canary: {canary} is no share between 0 and 1")
     content = _hashes(serving_folder)
     if missing := {"serving.json", "model.bin", "tokenizer.json"} - content.keys():
         raise DataError(f"{serving_folder} is no serving folder (no {', '.join(sorted(missing))}); export the model again")
@@ -188,11 +230,20 @@ def promote(
             f"{serving_folder} is not what was evaluated ({', '.join(wrong)} changed, missing or added); export and evaluate it again"
         )
     digest = sha256_bytes(canonical({"files": content, "name": name, "task": dict(task)}))[:12]
-    with _writing(registry, f"promoting {run}") as (served, events):
+    alone = f"{registry}: nothing is served yet that a canary could be tried beside; promote without --canary"
+    if canary is not None and current(registry) is None:
+        raise PromotionRefused(alone)
+    with _writing(registry, f"promoting {run}") as (served, tried, events):
+        if canary is not None and served is None:
+            raise PromotionRefused(alone)
         known = _version_of(registry, digest)
         is_served = known is not None and served is not None and known.version == served.version
-        if is_served and known and served and served.scores == dict(scores) and not _attach(_folder(registry, known.version), attachments):
-            return served
+        if canary is not None and is_served and known:
+            raise PromotionRefused(f"{registry}: version {known.version} is served already, to all requests: there is nothing to try")
+        before, share = (served if canary is None else tried and tried.promoted), tried and tried.share
+        same = known and before and (known.version, dict(scores), canary) == (before.version, before.scores, share)
+        if before and same and not _attach(_folder(registry, before.version), attachments):
+            return before
         version = known.version if known else f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{digest}"
         promoted = Promoted(
             version=version,
@@ -215,7 +266,12 @@ def promote(
         else:  # the same student, evaluated anew: a rollback to it tells its scores of now
             _attach(_folder(registry, version), attachments)
             write_atomic(_folder(registry, version) / "promoted.json", promoted.model_dump_json(indent=2) + "\n")
-        _serve(registry, events, promoted, "promoted", reason)
+        if canary is None or served is None:
+            _serve(registry, events, promoted, "promoted", reason)
+        else:
+            pointer = Canary(promoted=promoted, share=canary)
+            write_atomic(registry / "canary.json", pointer.model_dump_json(indent=2) + "\n")
+            events.append(_trial(pointer, served, reason))
         return promoted
 
 
@@ -236,18 +292,23 @@ def _attach(folder: Path, attachments: Sequence[Path | tuple[str, str]]) -> bool
 
 
 def rollback(registry: Path, *, reason: str = "asked for") -> Promoted:
-    """Serve again what was served before the current version; asked again, it goes back one further.
+    """End the canary if there is one, and nothing else; else serve again what was served before the current version. Asked again, it
+    goes back one further. Returns what is served after it.
 
     Raises PromotionRefused if nothing was, DataError if that version is damaged, StorageError while another process writes the
     registry; what is served stays served.
     """
     if current(registry) is None:
         raise PromotionRefused(f"{registry}: nothing has been promoted, so there is nothing to roll back")
-    with _writing(registry, "rolling back") as (served, events):
+    with _writing(registry, "rolling back") as (served, tried, events):
+        if served and tried:
+            _end_canary(registry)
+            events.append(_ended(tried.promoted, served, f"canary {tried.promoted.version}: {reason}"))
+            return served
         if served is None or not served.served_before:
             raise PromotionRefused(f"{registry}: nothing was served before version {served and served.version}; it stays served")
         *earlier, version = served.served_before
-        before = _read(registry / "versions" / version / "promoted.json")
+        before = _read(registry / "versions" / version / "promoted.json", Promoted, "promote again")
         if before is None:
             raise DataError(f"{registry}: version {version} is gone; {served.version} stays served")
         verify(registry, before)
@@ -261,7 +322,7 @@ def record_refusal(registry: Path, *, reason: str, run: str, scores: Mapping[str
 
     Raises StorageError if another process writes the registry for longer than REFUSAL_WAITS_S.
     """
-    with _writing(registry, f"noting why {run} is refused", wait_s=REFUSAL_WAITS_S) as (served, events):
+    with _writing(registry, f"noting why {run} is refused", wait_s=REFUSAL_WAITS_S) as (served, _, events):
         version = served.version if served else None
         events.append(Event(at=now(), what="refused", version=version, reason=reason, run=run, scores=dict(scores)))
 
@@ -279,12 +340,17 @@ def history(registry: Path) -> list[Event]:
 
 
 def stays_rolled_back(registry: Path, run: Path) -> bool:
-    """Whether the last word on what is served was a rollback, and this run's student had been promoted: doing the same again must not
-    undo what somebody asked for. Says so."""
+    """Whether the last word on what is served was a rollback or a canary, and this run's student had been promoted or tried: doing the
+    same again must not undo what somebody asked for. Says so.
+    """
     events = [event for event in history(registry) if event.what != "refused"]
-    if not events or events[-1].what != "rolled back" or str(run.resolve()) not in {e.run for e in events if e.what == "promoted"}:
+    runs = {event.run for event in events if event.what in ("promoted", "canary")}
+    if not events or events[-1].what == "promoted" or str(run.resolve()) not in runs:
         return False
-    print("promote: left as it is, since it was rolled back; `distill promote` serves this student again", flush=True)
+    if events[-1].what == "canary":
+        print("promote: left as it is, since a canary is tried; `distill promote` serves this student to all and ends that", flush=True)
+    else:
+        print("promote: left as it is, since it was rolled back; `distill promote` serves this student again", flush=True)
     return True
 
 
@@ -305,8 +371,9 @@ def _is_ours(registry: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _writing(registry: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[tuple[Promoted | None, Ledger[Event]]]:
-    """What is served, and the history opened for writing, which shuts out every other writer. Raises StorageError, RunMismatch.
+def _writing(registry: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[tuple[Promoted | None, Canary | None, Ledger[Event]]]:
+    """What is served, what is the canary, and the history opened for writing, which shuts out every other writer. Raises StorageError,
+    RunMismatch, DataError.
 
     doing: what others are told meanwhile.
     """
@@ -317,21 +384,33 @@ def _writing(registry: Path, doing: str, *, wait_s: float = 0.0) -> Iterator[tup
         _sweep(registry)
         with Ledger(registry / "history.jsonl", Event) as events:
             served = current(registry)
-            # the pointer is replaced before the history is told: a kill in between left the line out
-            told = events.rows()
-            if served and not any(e.at == served.promoted_at and e.version == served.version for e in told):
-                previous = told[-1].version if told else None
-                forward = served.served_before[-1:] == ((previous,) if previous else ())
-                late = "written down late: the process was ended right after"
-                events.append(_event(served, "promoted" if forward else "rolled back", late))
-            yield served, events
+            _mend(registry, events, served)
+            yield served, canary(registry), events
+
+
+def _mend(registry: Path, events: Ledger[Event], served: Promoted | None) -> None:
+    """Finish what a killed writer has begun. Pointers are replaced before the history is told: it left the line out."""
+    told = events.rows()
+    if served and not any(e.at == served.promoted_at and e.version == served.version for e in told):
+        _end_canary(registry)  # a canary that is there is of before
+        previous = told[-1].version if told else None
+        # what is promoted has the one before behind it, or was promoted anew with other scores
+        forward = served.served_before[-1:] == ((previous,) if previous else ()) or served.version == previous
+        events.append(_event(served, "promoted" if forward else "rolled back", KILLED))
+        return
+    tried = canary(registry)
+    last = next((event for event in reversed(told) if event.what != "refused"), None)
+    if served and tried and not any(e.at == tried.promoted.promoted_at and e.what == "canary" for e in told):
+        events.append(_trial(tried, served, KILLED))
+    elif served and not tried and last and last.what == "canary":
+        events.append(_ended(last, served, f"canary of {last.at}: {KILLED}, or canary.json was removed"))
 
 
 def _sweep(registry: Path) -> None:
     """Remove what a promotion that was killed while writing has left half done."""
     for leftover in (registry / "versions").glob(".*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in registry.glob(".*.tmp"):
+    for leftover in (*registry.glob(".*.tmp"), *(registry / "versions").glob("*/.*.tmp")):
         leftover.unlink(missing_ok=True)
 
 
@@ -380,6 +459,8 @@ def _lock(registry: Path, handle: int, until: float) -> None:
 
 def _serve(registry: Path, events: Ledger[Event], promoted: Promoted, what: Literal["promoted", "rolled back"], reason: str) -> None:
     write_atomic(registry / "current.json", promoted.model_dump_json(indent=2) + "\n")
+    # for readers the line above has ended the canary; before it a kill would end the canary and promote nothing
+    _end_canary(registry)
     events.append(_event(promoted, what, reason))
 
 
@@ -387,27 +468,51 @@ def _event(promoted: Promoted, what: Literal["promoted", "rolled back"], reason:
     return Event(at=promoted.promoted_at, what=what, version=promoted.version, reason=reason, run=promoted.run, scores=promoted.scores)
 
 
+def _trial(tried: Canary, served: Promoted, reason: str) -> Event:
+    promoted = tried.promoted
+    told = f"version {promoted.version} gets {tried.share * 100:g}% of the requests: {reason}"
+    return Event(at=promoted.promoted_at, what="canary", version=served.version, reason=told, run=promoted.run, scores=promoted.scores)
+
+
+def _ended(tried: Promoted | Event, served: Promoted, reason: str) -> Event:
+    """That a canary is over: `version` stays what it was, `run` and `scores` are of the canary."""
+    return Event(at=now(), what="rolled back", version=served.version, reason=reason, run=tried.run, scores=tried.scores)
+
+
+def _end_canary(registry: Path) -> None:
+    """Remove the pointer, durably. Raises StorageError."""
+    file = registry / "canary.json"
+    try:
+        file.unlink()
+        fsync_dir(registry)
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise storage_error(exc, file) from exc
+
+
 def _version_of(registry: Path, digest: str) -> Promoted | None:
     """The whole, undamaged version with this content, if the registry has it."""
     for file in sorted((registry / "versions").glob(f"*-{digest}/promoted.json")):
         with contextlib.suppress(DataError):  # a damaged one is replaced by a new copy
-            found = _read(file)
+            found = _read(file, Promoted, "promote again")
             if found is not None:
                 verify(registry, found)
                 return found
     return None
 
 
-def _read(file: Path) -> Promoted | None:
+def _read(file: Path, model: type[ContractT], then: str) -> ContractT | None:
+    """What a file holds, None where there is none. Raises DataError, whose remedy is to remove the file and `then`."""
     try:
-        return Promoted.model_validate_json(file.read_bytes())
+        return model.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as exc:
         raise DataError(f"{file}: {exc.strerror}") from exc
     except ValidationError as exc:
         error = exc.errors()[0]
-        raise DataError(f"{file}: {'.'.join(map(str, error['loc']))}: {error['msg']}; remove this file and promote again") from exc
+        raise DataError(f"{file}: {'.'.join(map(str, error['loc']))}: {error['msg']}; remove this file and {then}") from exc
 
 
 def _hashes(folder: Path) -> dict[str, str]:

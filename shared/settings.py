@@ -22,9 +22,10 @@ from pydantic_settings.exceptions import SettingsError as SourceError
 from shared.errors import SettingsError
 from shared.harvest.custom_api import SECRET, CustomApi
 
-RESERVED = {"DISTILL_CACHE", "DISTILL_UID", "TEACHER_URL", "TEACHER_MODEL", "TEACHER_KEY_FILE"}
-"""Variables with a prefix of ours that are no settings. DISTILL_CACHE: where converted weights and downloads are kept. The others are
-compose's (.env.example), and may stand in the environment of whoever runs compose and `distill` in turn."""
+RESERVED = {"DISTILL_CACHE", "DISTILL_UID", "DISTILL_BATCH_API_KEY", "TEACHER_URL", "TEACHER_MODEL", "TEACHER_KEY_FILE"}
+"""Variables with a prefix of ours that are no settings. DISTILL_CACHE: where converted weights and downloads are kept.
+DISTILL_BATCH_API_KEY: what `distill batch` shows a student's server. The others are compose's (.env.example), and may stand in the
+environment of whoever runs compose and `distill` in turn."""
 
 Quantization = Literal["int8", "float16", "float32"]
 DEFAULT_QUANTIZATION: Quantization = "int8"

@@ -33,7 +33,7 @@ MAX_RUNS = 20
 TEACHER_LEDGER = "responses/teacher"
 OTHER = "other"
 """The reason of a failed answer whose reason names no class."""
-EVENTS = ("promoted", "refused", "rolled back")
+EVENTS = ("promoted", "canary", "refused", "rolled back")
 STEP_GAUGES = {
     "distill_training_step": ("step", "Optimizer steps done."),
     "distill_training_loss": ("loss", "NLL + lambda * L_OR of the last step."),
@@ -61,7 +61,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "distill_evaluation_gain_high": ("Upper end of the gain's 95% interval.", ("run", "baseline", "metric")),
     "distill_promoted_info": ("1 for the version that is served.", ("run", "version", "name")),
     "distill_promoted_score": ("Score of the served version on its test split, 0 to 1.", ("run", "metric")),
-    "distill_registry_events_total": ("Promotions, refusals and rollbacks so far.", ("run", "what")),
+    "distill_registry_events_total": ("Promotions, canaries, refusals and rollbacks so far.", ("run", "what")),
     "distill_monitor_errors": ("Files that could not be read at this scrape; the log names them.", ()),
 }
 """What is exposed: name -> meaning, labels."""

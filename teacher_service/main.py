@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import SettingsError
+from shared.http.options import add_key_options, add_run_options
 
 EPILOG = (
     "Every option can be given as a variable: --upstream-url is TEACHER_UPSTREAM_URL. Keys: TEACHER_API_KEYS=NAME=KEY,... for who may ask, "
@@ -30,12 +31,8 @@ def main(argv: list[str]) -> int:
     add("--delay-s", metavar="S", help="scripted: seconds before every answer")
     add("--public-name", metavar="NAME", help="the model name that requests give; default teacher")
     add("--usage", help="text (default): answers tell their characters and words; none: they do not")
-    add = parser.add_argument_group("who may ask, and how much").add_argument
-    add("--api-keys-file", metavar="FILE", help="names and hashes of API keys; `distill keygen NAME` makes one")
-    add("--no-auth", action="store_true", help="where no key is given, answer whoever reaches the port")
-    add("--requests-per-minute", metavar="N", help="of one key, in any 60 seconds; default: any number")
-    add("--characters-per-day", metavar="N", help="generated for one key, from midnight to midnight UTC; default: any number")
-    add("--concurrent-requests", metavar="N", help="of one key; default: any number")
+    add_key_options(parser, without="none is answered")
+    add = parser.add_argument_group("what one request may be").add_argument
     add("--max-body-bytes", metavar="N", help="default 1048576")
     add("--max-prompt-characters", metavar="N", help="default 100000")
     add("--max-n", metavar="N", help="completions of one request; default 64")
@@ -43,13 +40,9 @@ def main(argv: list[str]) -> int:
     add("--max-in-flight", metavar="N", help="requests at the engine, of each worker; default 1024")
     add("--max-queue", metavar="N", help="requests that wait; more are answered 429 at once; default 1024")
     add("--queue-s", metavar="S", help="longest wait; default 60")
-    add = parser.add_argument_group("where and how").add_argument
-    add("--host", help="default 127.0.0.1: this machine alone")
-    add("--port", help="default 8000; 0 picks a free one")
+    add_run_options(parser, port=8000, log_level="info")
+    add = parser.add_argument_group("processes").add_argument
     add("--workers", metavar="N", help="processes that answer, of an upstream gateway; limits hold for all together; default 1")
-    add("--metrics-port", metavar="PORT", help="tell numbers for Prometheus there, on the same host; default: nowhere")
-    add("--log-level", help="debug, info (default: a line for every request, without its texts), warning or error")
-    add("--drain-s", metavar="S", help="what requests in flight get to finish after a signal to stop; default 7")
     add("--until-stdin-closes", action="store_true", default=False, help="end with the process that started this one")
     flags = vars(parser.parse_args(argv))
     until_stdin_closes = flags.pop("until_stdin_closes")
@@ -68,9 +61,9 @@ def main(argv: list[str]) -> int:
 
     from shared.http.limits import Counts
     from shared.http.serve import serve
-    from teacher_service.app import keys_of, teacher_app
+    from teacher_service.app import teacher_app
 
-    keys, meters = keys_of(settings), Meters()
+    keys, meters = settings.keys(), Meters()
     counts = Counts(keys.keys, workers=settings.workers)
     app = teacher_app(settings, keys=keys, counts=counts, meters=meters)
     name = f"teacher ({settings.engine})"

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
+from shared.http.settings import ServerSettings
 from shared.settings import DEFAULT_QUANTIZATION, Quantization
 
 
-class TeacherServiceSettings(BaseSettings):
-    """Who answers, under which name, at which address."""
+class TeacherServiceSettings(ServerSettings):
+    """Who answers, under which name, to whom."""
 
     model_config = SettingsConfigDict(env_prefix="TEACHER_", env_ignore_empty=True, extra="forbid", frozen=True)
 
@@ -37,23 +38,6 @@ class TeacherServiceSettings(BaseSettings):
     usage: Literal["text", "none"] = "text"
     """text: answers tell their characters and words. Tokens are never told: they are the engine's."""
 
-    api_keys: SecretStr | None = None
-    """Who may ask: NAME=KEY, with commas between them."""
-    api_keys_file: Path | None = None
-    """Who may ask: a keys file (see shared/http/keys.py). Beside `api_keys`: both."""
-    no_auth: bool = False
-    """Answer whoever reaches the port, if no key is given."""
-    requests_per_minute: int | None = Field(None, ge=1, le=100_000)
-    """Of each key that has no limit of its own in the keys file; without keys, of all callers together. Likewise the next two."""
-    characters_per_day: int | None = Field(None, ge=1)
-    """Generated ones, from midnight to midnight UTC, while the server lives."""
-    concurrent_requests: int | None = Field(None, ge=1)
-
-    max_body_bytes: int = Field(1 << 20, ge=1024)
-    max_prompt_characters: int = Field(100_000, ge=1)
-    """Over all turns of a chat."""
-    max_n: int = Field(64, ge=1, le=64)
-    max_tokens: int = Field(4096, ge=1, le=4096)
     max_in_flight: int = Field(1024, ge=1)
     """Requests at the engine, of each worker; others wait."""
     max_queue: int = Field(1024, ge=0)
@@ -62,16 +46,9 @@ class TeacherServiceSettings(BaseSettings):
     """Seconds that a request may wait."""
     workers: int = Field(1, ge=1, le=64)
     """upstream, scripted: processes that answer. A local model runs in one, on all cores."""
-    drain_s: int | None = Field(None, ge=1)
-    """Seconds that requests in flight get to finish after a signal to stop; None: 7, since container engines kill 10 s after theirs."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """info: a line for every request, without its texts."""
 
-    host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     """0 picks a free one."""
-    metrics_port: int | None = Field(None, ge=0, le=65535)
-    """Numbers for Prometheus are told there, on the same host; None: nowhere. 0 picks a free one."""
 
     @field_validator("upstream_url", mode="before")
     @classmethod

@@ -24,21 +24,7 @@ def load_file(settings: DatasetSettings) -> Dataset:
     path = settings.path
     if path is None:
         raise SettingsError("dataset.path: required for dataset.name=file; give a .jsonl or .csv")
-    readers = {".jsonl": _json_lines, ".csv": _csv_records}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"dataset.path={path}: expected a file that ends in .jsonl or .csv; convert it to one of them")
-    try:
-        data = path.read_bytes()
-    except OSError as exc:
-        raise DataError(f"dataset.path={path}: {exc.strerror}; give the path of a readable .jsonl or .csv") from exc
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as exc:
-        line = data.count(b"\n", 0, exc.start) + 1
-        raise DataError(f"dataset.path={path}, line {line}: not UTF-8 ({exc.reason}); save the file as UTF-8") from exc
-    records = list(readers[path.suffix.lower()](text, path))
-    if not records:
-        raise DataError(f"dataset.path={path}: no rows; give a file with at least one")
+    data, records = read_records(path, f"dataset.path={path}")
     columns = sorted({name for _, record in records for name in record})
     _require_columns(settings, columns, path)
     identities = _identities(records)
@@ -55,11 +41,33 @@ def load_file(settings: DatasetSettings) -> Dataset:
     return make_splits("file", rows, settings, source, {"ids": "id column" if identities else "record number"})
 
 
-def _json_lines(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(path: Path, named: str) -> tuple[bytes, list[tuple[str, dict[str, Any]]]]:
+    """The bytes of a .jsonl or .csv file, and its records: values by column, each with its place for messages.
+
+    `named`: what messages call the file. Raises DataError for a file that cannot be read, has another ending, a bad line or no rows.
+    """
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"{named}: expected a file that ends in .jsonl or .csv; convert it to one of them")
+    try:
+        data = path.read_bytes()
+    except OSError as exc:
+        raise DataError(f"{named}: {exc.strerror}; give the path of a readable .jsonl or .csv") from exc
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        line = data.count(b"\n", 0, exc.start) + 1
+        raise DataError(f"{named}, line {line}: not UTF-8 ({exc.reason}); save the file as UTF-8") from exc
+    records = list(READERS[path.suffix.lower()](text, named))
+    if not records:
+        raise DataError(f"{named}: no rows; give a file with at least one")
+    return data, records
+
+
+def _json_lines(text: str, named: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        place = f"dataset.path={path}, line {number}"
+        place = f"{named}, line {number}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as exc:
@@ -69,17 +77,17 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, record
 
 
-def _csv_records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_records(text: str, named: str) -> Iterator[tuple[str, dict[str, Any]]]:
     # strict: a lone quotation mark would otherwise swallow the rest of the file into one field
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(lines, [])
         if len(set(header)) < len(header):
-            raise DataError(f"dataset.path={path}: the header names a column twice: {', '.join(header)}; rename one")
+            raise DataError(f"{named}: the header names a column twice: {', '.join(header)}; rename one")
         for fields in lines:
             if not fields:
                 continue  # an empty line is no record
-            place = f"dataset.path={path}, line {lines.line_num}"
+            place = f"{named}, line {lines.line_num}"
             if len(fields) != len(header):
                 raise DataError(
                     f"{place}: {len(fields)} fields, but the header names {len(header)}; put texts that hold commas, "
@@ -87,7 +95,10 @@ def _csv_records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 )
             yield place, dict(zip(header, fields, strict=True))
     except csv.Error as exc:
-        raise DataError(f"dataset.path={path}, line {lines.line_num}: not valid CSV ({exc}); mend the quotation marks there") from exc
+        raise DataError(f"{named}, line {lines.line_num}: not valid CSV ({exc}); mend the quotation marks there") from exc
+
+
+READERS = {".jsonl": _json_lines, ".csv": _csv_records}
 
 
 def _require_columns(settings: DatasetSettings, columns: list[str], path: Path) -> None:

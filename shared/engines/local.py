@@ -1,22 +1,21 @@
-"""A model in this process: CTranslate2 in batches, for stages (`LocalModel`) and, with dynamic batching, for servers (`LocalEngine`)."""
+"""A model in this process: CTranslate2 in batches, for stages; servers put a `LocalEngine` (batching.py) over it."""
 
 from __future__ import annotations
 
-import asyncio
-import math
 import os
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
 from shared.contracts import Completion, GenerationRequest, Sampling, ServingConfig
 from shared.engines.encoding import PromptEncoder
-from shared.errors import EngineError, RequestRefused, TeacherBusy, TeacherUnavailable
+from shared.errors import EngineError, RequestRefused
 
 TOP_K = 50
 """Samples are drawn from the 50 likeliest tokens: without a bound CTranslate2 sorts the whole vocabulary at every step."""
@@ -24,38 +23,91 @@ SEEDED_WORKERS = 2
 """Workers of seeded sampling, each with a copy of the model. Part of what is sampled: with others the same seed gives other texts."""
 BATCH_ROWS = 32
 """Completions decoded side by side; more hardly raise the throughput of a processor and cost memory."""
-COMPUTE_TYPES = {"int8": "int8_float32", "float16": "float32", "float32": "float32"}
-"""What a processor computes in, by how the weights are stored: few have 16-bit arithmetic that is worth its loss."""
+COMPUTE_TYPES = {
+    "cpu": {"int8": "int8_float32", "float16": "float32", "float32": "float32"},
+    "cuda": {"int8": "int8_float16", "float16": "float16", "float32": "float32"},
+}
+"""What is computed in, by how the weights are stored: few processors have 16-bit arithmetic that is worth its loss."""
+LEAST = 1e-4
+"""Of a temperature or a top_p: below it the likeliest token is drawn all the same."""
+KNOWN_STOPS = 64
+"""Sets of stop texts whose tokens are remembered: to find them takes milliseconds."""
 LENGTH_SPREAD = 16
 """Most tokens by which prompts of one batch differ: a decoder-only model reads what the shortest lacks one token at a time."""
 
 
+class Layout(NamedTuple):
+    """How processor cores are used: `workers` batches side by side, each on so many `cores`. On GPUs: batches side by side on each."""
+
+    workers: int
+    cores: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.workers}x{self.cores}"
+
+
+class Device(NamedTuple):
+    """Where a model computes."""
+
+    kind: Literal["cpu", "cuda"] = "cpu"
+    indices: tuple[int, ...] = (0,)
+    """cuda: the GPUs, each with a copy of the model."""
+    compute_type: str | None = None
+    """A compute type of CTranslate2; None: by how the weights are stored (COMPUTE_TYPES)."""
+
+
 @dataclass(frozen=True)
-class _Prompt:
+class Prompt:
     """An encoded request."""
 
     tokens: list[str]
     n: int
     sampling: Sampling
+    beam_size: int = 1
+    known: int = 0
+    """Tokens at its beginning that the model has read already (see `LocalModel.keep_prefix`)."""
+    ends: frozenset[int] = frozenset()
+    """Tokens whose text holds a stop text: decoding may end there."""
 
     @property
     def decoding(self) -> tuple[Sampling, int]:
         """What prompts of one batch have in common: their sampling without its seed, and the samples to draw (greedy: one)."""
-        return self.sampling.model_copy(update={"seed": None}), 1 if self.sampling.temperature == 0 else self.n
+        return self.sampling.model_copy(update={"seed": None}), self.samples
+
+    @property
+    def length(self) -> int:
+        """Tokens to be read."""
+        return len(self.tokens) - self.known
+
+    @property
+    def samples(self) -> int:
+        """Answers to be decoded; greedy ones are all alike."""
+        return 1 if self.sampling.temperature == 0 else self.n
+
+
+Heed = Callable[[int, int, int, bool], bool]
+"""Told of every token as it is decoded: prompt of the batch, sample, token id, whether the model ends it. Returns whether to end it."""
 
 
 class LocalModel:
     """A serving folder (model.bin, tokenizer.json, serving.json), loaded.
 
-    Not safe to call from several threads at once, but for `complete`; `LocalEngine` is.
+    Not safe to call from several threads at once, but for `decode`; `LocalEngine` is.
     """
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        """`threads`: processor cores to use, all that this process may use by default. Raises EngineError."""
+    def __init__(self, folder: Path, *, threads: int | None = None, layout: Layout | None = None, device: Device = Device()) -> None:  # noqa: B008
+        """`threads`: processor cores to use, all that this process may use by default, one a batch; `layout`: otherwise.
+
+        Raises EngineError.
+        """
         self.config = _read_config(folder)
-        self._folder = folder
+        self._folder, self._device = folder, device
         # batches side by side, one core each: several cores on the small matrices of one step mostly wait for each other
-        self.workers = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        self.layout = layout or Layout(threads or available_cores())
+        self.workers = self.layout.workers * len(device.indices)
+        """Batches that are decoded side by side."""
+        self._prefix: list[str] = []
+        self._holding: dict[tuple[str, ...], frozenset[int]] = {}
         self._encoder = PromptEncoder.from_folder(folder, self.config)
         tokenizer = self._encoder.tokenizer
         self._eos = tokenizer.token_to_id(self.config.eos_token)
@@ -63,7 +115,7 @@ class LocalModel:
             raise EngineError(
                 f"{folder}: tokenizer.json has no token {self.config.eos_token!r}, as serving.json says; export the model again"
             )
-        self._engine: Any = self._load(self.workers, 1)
+        self._engine: Any = self._load(*self.layout)
 
     @property
     def _encodes(self) -> bool:
@@ -83,13 +135,15 @@ class LocalModel:
         try:
             return kind(
                 str(self._folder),
-                device="cpu",
-                compute_type=COMPUTE_TYPES[self.config.quantization],
+                device=self._device.kind,
+                device_index=list(self._device.indices),
+                compute_type=self._device.compute_type or COMPUTE_TYPES[self._device.kind][self.config.quantization],
                 inter_threads=workers,
                 intra_threads=cores,
             )
         except (RuntimeError, ValueError) as exc:
-            raise EngineError(f"{self._folder} cannot be loaded, export the model again: {exc}") from exc
+            remedy = "export the model again" if self._device == Device() else "see --device, --device-index and --compute-type"
+            raise EngineError(f"{self._folder} cannot be loaded, {remedy}: {exc}") from exc
 
     def fits(self, request: GenerationRequest) -> bool:
         """Whether the model can read the whole prompt and still answer."""
@@ -99,7 +153,18 @@ class LocalModel:
         answer = 0 if self._encodes else sampling.max_tokens
         return len(ids) + answer <= self.config.max_input_tokens
 
-    def encode(self, request: GenerationRequest) -> _Prompt:
+    def keep_prefix(self, requests: Sequence[GenerationRequest]) -> int:
+        """Compute what these prompts begin with, an instruction or shots, once for all prompts that do; returns its tokens.
+
+        For decoder-only models: an encoder reads every token in the light of all others.
+        """
+        if not self._encodes:
+            alike = zip(*(self.encode(request).tokens for request in requests), strict=False)
+            common = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, alike)]
+            self._prefix = common[:-1]  # its last token may be another one before other text
+        return len(self._prefix)
+
+    def encode(self, request: GenerationRequest) -> Prompt:
         """The request in the model's tokens. Raises RequestRefused if it is too long, EngineError if the chat template refuses it."""
         ids = self._encoder.encode(request)
         if not ids:
@@ -108,9 +173,13 @@ class LocalModel:
             # said in characters: how the model counts stays inside
             characters = len(request.prompt or "") + sum(len(m.content) for m in request.messages or ())
             raise RequestRefused(
-                f"the prompt ({characters} characters) with its answer is too long for this model; shorten it or max_tokens"
+                f"the prompt ({characters} characters) with its answer is too long for this model; shorten it or max_tokens",
+                kind="too_long",
             )
-        return _Prompt([str(self._encoder.tokenizer.id_to_token(i)) for i in ids], request.n, request.sampling)
+        tokens, kept = [str(self._encoder.tokenizer.id_to_token(i)) for i in ids], len(self._prefix)
+        known = kept if len(tokens) > kept and tokens[:kept] == self._prefix else 0
+        ends = self._ids_holding(request.sampling.stop)
+        return Prompt(tokens, request.n, request.sampling, request.beam_size, known, ends)
 
     def generate(self, requests: Sequence[GenerationRequest], *, seed: int | None = None) -> list[list[Completion]]:
         """Completions of each request, in order: `request.n` of them; at temperature 0 all `n` are the same greedy one.
@@ -130,7 +199,7 @@ class LocalModel:
     def _shared(self) -> Any:
         """The engine whose workers take batches as they come."""
         if self._engine is None:
-            self._engine = self._load(self.workers, 1)
+            self._engine = self._load(*self.layout)
         return self._engine
 
     def _seeded(self, seed: int) -> Any:
@@ -149,11 +218,54 @@ class LocalModel:
             engine.generate_batch(first, max_length=1, sampling_topk=2)
         return engine
 
-    def complete(self, prompts: Sequence[_Prompt]) -> list[list[Completion]]:
-        """`generate` on one core, of prompts that are encoded already; `workers` threads may call it at the same time."""
-        return self._complete(prompts, [self._shared], 1)
+    def decode(self, prompts: Sequence[Prompt], heed: Heed) -> None:
+        """Decode prompts of equal temperature, top_p, samples, beam size and prefix as one batch; `heed` gets their tokens and ends them.
 
-    def _complete(self, prompts: Sequence[_Prompt], engines: Sequence[Any], workers: int) -> list[list[Completion]]:
+        With a beam the tokens come when all are known. As many threads as there are `workers` may call it at the same time.
+        Raises EngineError.
+        """
+        first = prompts[0]
+        longest = max(prompt.sampling.max_tokens for prompt in prompts)
+        options: dict[str, Any] = {
+            "beam_size": first.beam_size,
+            "num_hypotheses": first.samples,
+            "end_token": [self._eos],
+            "return_end_token": True,
+        }
+        options |= _drawing(first.sampling)
+        if first.beam_size == 1:
+            options["callback"] = lambda step: heed(step.batch_id, step.hypothesis_id, step.token_id, step.is_last)
+        else:
+            options |= {"end_token": [self._eos, *first.ends]}
+        if first.known:
+            options["static_prompt"] = self._prefix
+        try:
+            results = self._shared_batch([prompt.tokens[prompt.known :] for prompt in prompts], longest, options)
+        except (RuntimeError, ValueError) as exc:
+            raise EngineError(f"the model failed to answer: {exc}") from exc
+        if first.beam_size > 1:
+            for row, result in enumerate(results):
+                ids = self._ids(result)[0][: prompts[row].sampling.max_tokens]
+                for place, token in enumerate(ids, start=1):
+                    heed(row, 0, token, place == len(ids))
+
+    def _shared_batch(self, tokens: list[list[str]], longest: int, options: dict[str, Any]) -> list[Any]:
+        if self._encodes:
+            return list(
+                self._shared.translate_batch(tokens, max_input_length=0, max_decoding_length=longest, min_decoding_length=0, **options)
+            )
+        return list(self._shared.generate_batch(tokens, max_length=longest, include_prompt_in_result=False, **options))
+
+    def ends(self, token: int) -> bool:
+        """Whether the model itself ends an answer with this token."""
+        return token == self._eos
+
+    @property
+    def tokenizer(self) -> Any:
+        """A `tokenizers.Tokenizer`."""
+        return self._encoder.tokenizer
+
+    def _complete(self, prompts: Sequence[Prompt], engines: Sequence[Any], workers: int) -> list[list[Completion]]:
         groups: dict[tuple[Sampling, int], list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
             groups[prompt.decoding].append(index)
@@ -171,7 +283,7 @@ class LocalModel:
                     answers = self._ids(handle.result())
                 except RuntimeError as exc:
                     raise EngineError(f"the model failed to answer: {exc}") from exc
-                completions = [self._completion(ids[: sampling.max_tokens], sampling.stop) for ids in answers]
+                completions = [self.completion(ids[: sampling.max_tokens], sampling.stop) for ids in answers]
                 results[index] = completions * prompts[index].n if sampling.temperature == 0 else completions
         return results
 
@@ -184,8 +296,7 @@ class LocalModel:
             "return_end_token": True,
             "asynchronous": True,
         }
-        if sampling.temperature > 0:
-            options |= {"sampling_topk": TOP_K, "sampling_topp": sampling.top_p, "sampling_temperature": sampling.temperature}
+        options |= _drawing(sampling)
         if self._encodes:
             options |= {"max_input_length": 0, "max_decoding_length": sampling.max_tokens, "min_decoding_length": 0}
             return list(engine.translate_batch(tokens, **options))
@@ -199,11 +310,15 @@ class LocalModel:
         # T5's matrices have more rows than its vocabulary has words: such a row is a token without text
         return [[i for token in tokens if (i := to_id(token)) is not None] for tokens in result.hypotheses]
 
-    def _ids_holding(self, stop: tuple[str, ...]) -> list[int]:
+    def _ids_holding(self, stop: tuple[str, ...]) -> frozenset[int]:
         """Tokens whose text holds one of the stop texts: decoding may end there. A stop that spans tokens is cut out afterwards."""
-        if not stop:
-            return []
-        return [i for i, text in enumerate(self._texts) if any(s in text for s in stop)]
+        if stop not in self._holding:
+            if len(self._holding) >= KNOWN_STOPS:
+                self._holding.clear()
+            self._holding[stop] = (
+                frozenset(i for i, text in enumerate(self._texts) if any(s in text for s in stop)) if stop else frozenset()
+            )
+        return self._holding[stop]
 
     @cached_property
     def _texts(self) -> list[str]:
@@ -211,14 +326,15 @@ class LocalModel:
         tokenizer = self._encoder.tokenizer
         return list(tokenizer.decode_batch([[i] for i in range(tokenizer.get_vocab_size())]))
 
-    def _completion(self, ids: list[int], stop: tuple[str, ...]) -> Completion:
+    def completion(self, ids: list[int], stop: tuple[str, ...]) -> Completion:
+        """The answer that these tokens are."""
         ended = bool(ids) and ids[-1] == self._eos
         text = self._encoder.tokenizer.decode(ids, skip_special_tokens=True)
         cuts = [at for s in stop if (at := text.find(s)) >= 0]
         return Completion(text=text[: min(cuts, default=len(text))].lstrip(), finish_reason="stop" if ended or cuts else "length")
 
 
-def _batches(prompts: Sequence[_Prompt], indices: list[int], size: int, spread: int | None) -> Iterator[list[int]]:
+def _batches(prompts: Sequence[Prompt], indices: list[int], size: int, spread: int | None) -> Iterator[list[int]]:
     """Indices in batches of at most `size` prompts whose lengths differ by at most `spread` tokens, shortest first.
 
     A prompt of one token never shares a batch with longer ones: CTranslate2 4.8 would give back the rest of theirs as an answer.
@@ -245,80 +361,15 @@ def _read_config(folder: Path) -> ServingConfig:
         raise EngineError(f"{file}: {'.'.join(map(str, error['loc']))}: {error['msg']}; export the model again") from exc
 
 
-class LocalEngine:
-    """An `Engine` over a `LocalModel`: while batches are decoded, one a core, requests queue up; then those alike go out together.
+def _drawing(sampling: Sampling) -> dict[str, Any]:
+    """CTranslate2's options for how tokens are chosen."""
+    if sampling.temperature == 0:
+        return {}
+    # CTranslate2 counts in 32 bits: a smaller one would be 0 there, which it refuses or divides by
+    top_p, temperature = max(sampling.top_p, LEAST), max(sampling.temperature, LEAST)
+    return {"sampling_topk": TOP_K, "sampling_topp": top_p, "sampling_temperature": temperature}
 
-    Alike are requests of equal decoding, and for a decoder-only model of like length.
 
-    Seeds are not looked at (see `LocalModel.generate`). Belongs to the event loop that first asks it.
-    """
-
-    def __init__(self, model: LocalModel, *, max_batch: int = BATCH_ROWS, max_waiting: int = 512) -> None:
-        """`max_batch`: completions of one batch; `max_waiting`: requests in the queue, above it TeacherBusy."""
-        self._model, self._max_batch, self._max_waiting = model, max_batch, max_waiting
-        self._waiting: deque[tuple[_Prompt, asyncio.Future[list[Completion]]]] = deque()
-        self._arrived = asyncio.Event()
-        self._workers: list[asyncio.Task[None]] = []
-        self._closed = False
-
-    async def generate(self, request: GenerationRequest) -> list[Completion]:
-        """`request.n` completions. Raises RequestRefused, TeacherBusy when the queue is full, EngineError."""
-        await self.check()
-        prompt = self._model.encode(request)
-        if len(self._waiting) >= self._max_waiting:
-            raise TeacherBusy("too many requests are waiting; try again", retry_after_s=1.0)
-        if not self._workers:
-            self._workers = [asyncio.create_task(self._work()) for _ in range(self._model.workers)]
-        answer: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((prompt, answer))
-        self._arrived.set()
-        return await answer
-
-    async def check(self) -> None:
-        if self._closed:
-            raise TeacherUnavailable("shutting down")
-
-    async def aclose(self) -> None:
-        """Finish the batches that are being decoded, refuse those that wait."""
-        self._closed = True
-        self._arrived.set()
-        await asyncio.gather(*self._workers)
-        for _, answer in self._waiting:
-            if not answer.done():
-                answer.set_exception(TeacherUnavailable("shutting down"))
-
-    async def _work(self) -> None:
-        while not self._closed:
-            batch = self._next_batch()
-            if not batch:
-                self._arrived.clear()
-                await self._arrived.wait()
-                continue
-            try:
-                results = await asyncio.to_thread(self._model.complete, [prompt for prompt, _ in batch])
-            except Exception as exc:  # whatever it was, those who wait must hear of it and the next batch must go out
-                for _, answer in batch:
-                    if not answer.done():
-                        answer.set_exception(exc)
-                continue
-            for (_, answer), completions in zip(batch, results, strict=True):
-                if not answer.done():
-                    answer.set_result(completions)
-
-    def _next_batch(self) -> list[tuple[_Prompt, asyncio.Future[list[Completion]]]]:
-        """The oldest request and those that share its batch best; requests whose asker has gone are dropped."""
-        self._waiting = deque(item for item in self._waiting if not item[1].done())
-        if not self._waiting:
-            return []
-        oldest = self._waiting[0][0]
-        size = max(1, self._max_batch // oldest.decoding[1])
-        spread = math.inf if self._model.spread is None else self._model.spread / 2  # to either side
-        alike = [
-            (distance, place)
-            for place, (prompt, _) in enumerate(self._waiting)
-            if prompt.decoding == oldest.decoding and (distance := abs(len(prompt.tokens) - len(oldest.tokens))) <= spread
-        ]
-        taken = {place for _, place in sorted(alike)[:size]}
-        batch = [item for place, item in enumerate(self._waiting) if place in taken]
-        self._waiting = deque(item for place, item in enumerate(self._waiting) if place not in taken)
-        return batch
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

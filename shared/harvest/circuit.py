@@ -22,10 +22,11 @@ class Circuit:
         self,
         patience_s: float,
         *,
+        whom: str = "the teacher",
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        self._patience, self._clock, self._jitter = patience_s, clock, jitter
+        self._patience, self._whom, self._clock, self._jitter = patience_s, whom, clock, jitter
         self._lived = False
         self._failures = 0
         self._since = 0.0
@@ -81,4 +82,4 @@ class Circuit:
         pause = self.delay()
         then = "asking now" if pause in (0.0, math.inf) else f"next try in {pause:.0f} s"
         left = max(0.0, self.left_s)
-        return f"the teacher has not answered for {self.silent_s:.0f} s ({self.error}); {then}, giving up in {left:.0f} s"
+        return f"{self._whom} has not answered for {self.silent_s:.0f} s ({self.error}); {then}, giving up in {left:.0f} s"

@@ -70,6 +70,8 @@ class Limits:
     timeout_s: float = 120.0
     """The teacher's own, by which slowness is judged."""
     max_answer_chars: int = 100_000
+    first_failures: float = 0.5
+    """Share of the first prompts' answers: if so many fail, nothing more is sent."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Limits:
@@ -116,6 +118,7 @@ async def harvest(
     *,
     limits: Limits = Limits(),
     what: str = "harvest",
+    whom: str = "the teacher",
     total: int | None = None,
     retry: frozenset[str] = frozenset(),
     budget: Budget | None = None,
@@ -124,14 +127,14 @@ async def harvest(
 ) -> Collected:
     """Ask for every sample that `ledger` does not hold, and for those it holds as one of `retry`'s classes.
 
-    `total`: rows wanted in the end, for the time that is left. `stopping` is asked often: once it says so nothing more is sent, what
-    is in flight is waited for a few seconds, and what is missing is counted.
+    `whom`: who is asked, for messages. `total`: rows wanted in the end, for the time that is left. `stopping` is asked often: once it
+    says so nothing more is sent, what is in flight is waited for a few seconds, and what is missing is counted.
 
     One bad row is a failed row. Raises, with all answers so far in the ledger: TeacherUnavailable for a teacher that stays dead,
-    TeacherRejected where asking cannot help, HarvestTooThin where half of the first prompts fail, BudgetSpent, StorageError, and
+    TeacherRejected where asking cannot help, HarvestTooThin where too many of the first prompts fail, BudgetSpent, StorageError, and
     what the source raises.
     """
-    return await _Harvest(teacher, asks, ledger, limits, what, total, retry, budget, watch, stopping).run()
+    return await _Harvest(teacher, asks, ledger, limits, what, whom, total, retry, budget, watch, stopping).run()
 
 
 @dataclass(slots=True)
@@ -156,6 +159,7 @@ class _Harvest:
         ledger: AnswerLedger,
         limits: Limits,
         what: str,
+        whom: str,
         total: int | None,
         retry: frozenset[str],
         budget: Budget | None,
@@ -164,7 +168,7 @@ class _Harvest:
     ) -> None:
         self._teacher, self._ledger, self._limits = teacher, ledger, limits
         self._source = self._looked_up(iter(asks))
-        self._what, self._total, self._retry, self._budget = what, total, retry, budget
+        self._what, self._whom, self._total, self._retry, self._budget = what, whom, total, retry, budget
         self._watch, self._stopping = watch or (lambda standing: None), stopping or (lambda: False)
         self._pace = Pace(
             limits.concurrency,
@@ -172,7 +176,7 @@ class _Harvest:
             tokens_per_minute=limits.tokens_per_minute,
             timeout_s=limits.timeout_s,
         )
-        self._circuit = Circuit(limits.patience_s)
+        self._circuit = Circuit(limits.patience_s, whom=whom)
         # jobs: fresh ones, those that failed and wait, those that failed for the last time unless the teacher turns out to be dead
         self._ready: deque[_Job] = deque()
         self._later: list[tuple[float, int, _Job]] = []
@@ -189,7 +193,7 @@ class _Harvest:
         """A thread that tells whoever watches: the end is told after it."""
         self._error: BaseException | None = None
         self._ending = False
-        self._smoke = Smoke()
+        self._smoke = Smoke(limits.first_failures)
         self._answered = 0
         """Rows, by requests of this call and not by another example's answer."""
         self._several = self._singles = False
@@ -431,7 +435,7 @@ class _Harvest:
         if not found:
             self._give_up(job, "unanswered", f"none of {len(job.samples)} choices came", latency_s)
             return
-        answered = self._rows(job, zip(job.samples, found, strict=False), latency_s)
+        answered = self._rows(job, zip(job.samples, found, strict=False), latency_s, version=answer.version)
         if answered and (len(found) > 1 or job.split):
             self._several, self._singles = self._several or len(found) > 1, self._singles or job.split
         if len(found) < len(job.samples):
@@ -488,12 +492,12 @@ class _Harvest:
 
     # rows
 
-    def _rows(self, job: _Job, made: Iterable[tuple[int, Completion | Refusal]], latency_s: float) -> int:
+    def _rows(self, job: _Job, made: Iterable[tuple[int, Completion | Refusal]], latency_s: float, *, version: str | None = None) -> int:
         """Write and count the rows of some samples, and those of other examples that ask the same. Returns how many were answered."""
         rows, came = [], []
         for sample, choice in made:
             key = job.prompt.keys[sample]
-            row = row_of(job.prompt.ask, key, sample, self._judged(choice), latency_s=latency_s, attempts=job.attempts)
+            row = row_of(job.prompt.ask, key, sample, self._judged(choice), latency_s=latency_s, attempts=job.attempts, version=version)
             came.append(row)
             waiting = self._asking.pop(row.key, ())
             self._waiting -= len(waiting)
@@ -513,8 +517,8 @@ class _Harvest:
         if self._smoke.failed:
             self._end(
                 HarvestTooThin(
-                    f"half of the first {PROMPTS} prompts of {self._what} or more failed ({self._smoke.explain()}). Nothing more was sent; "
-                    "mend the cause, then ask again for what failed (`distill harvest --retry-failed`)"
+                    f"the first {PROMPTS} prompts of {self._what}: {self._smoke.explain()}. Nothing more was sent; mend the cause, then "
+                    "ask again for what failed (--retry-failed)"
                 )
             )
         return answered
@@ -584,7 +588,7 @@ class _Harvest:
         self._end(self._dead())
 
     def _dead(self) -> TeacherUnavailable:
-        return TeacherUnavailable(f"the teacher has not answered for {self._circuit.silent_s:.0f} s, the last time: {self._circuit.error}")
+        return TeacherUnavailable(f"{self._whom} has not answered for {self._circuit.silent_s:.0f} s, the last time: {self._circuit.error}")
 
     def _end(self, error: BaseException | None) -> None:
         """Send nothing more. The first error counts: what follows it is mostly the same of other requests."""
@@ -609,7 +613,7 @@ class _Harvest:
     def _waits_for(self) -> str:
         """Why nothing is being sent, if that is so."""
         if gate := max(0.0, self._pace.gate_until - time.monotonic()):
-            return f"waiting {math.ceil(gate)} s, as the teacher asks"
+            return f"waiting {math.ceil(gate)} s, as {self._whom} asks"
         return self._circuit.explain()
 
     def _note(self) -> str:

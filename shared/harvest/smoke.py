@@ -9,13 +9,15 @@ from shared.contracts import Response
 from shared.harvest.ledger import kind_of
 
 PROMPTS = 16
-"""If half of their samples or more fail, nothing more is sent."""
+"""If too many of their samples fail, nothing more is sent."""
 
 
 class Smoke:
     """Counts what requests gave, and not the rows that other examples share in."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_fail: float = 0.5) -> None:
+        """`may_fail`: the share of the samples that must not be reached."""
+        self._may_fail = may_fail
         self.passed = False
         self._left, self._samples, self._answered = PROMPTS, 0, 0
         self._failed: Counter[str] = Counter()
@@ -28,7 +30,7 @@ class Smoke:
 
     @property
     def failed(self) -> bool:
-        return self.full and 2 * self._failed.total() >= self._samples
+        return self.full and self._failed.total() >= self._may_fail * self._samples
 
     def drew(self, *, missing: int, answered_before: bool) -> None:
         """A prompt of which so many samples are to be asked for. A teacher that has `answered_before` has passed."""
@@ -50,8 +52,9 @@ class Smoke:
         self._judge()
 
     def _judge(self) -> None:
-        self.passed = self._left == 0 and 2 * self._answered > self._samples
+        self.passed = self._left == 0 and self._answered > (1 - self._may_fail) * self._samples
 
     def explain(self) -> str:
-        """What failed, and what was said last."""
-        return f"{', '.join(f'{count} {kind}' for kind, count in self._failed.most_common())}; the last: {self._said}"
+        """How many failed and by what, and what was said last."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self._failed.most_common())
+        return f"{self._failed.total()} of {self._samples} answers failed ({kinds}; the last: {self._said})"

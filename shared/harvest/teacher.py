@@ -30,6 +30,8 @@ class Answer:
     input_tokens: int | None = None
     output_tokens: int | None = None
     """Of all choices together. None: the teacher does not say."""
+    version: str | None = None
+    """Of the model that has answered, where it says so."""
 
 
 class Teacher(Protocol):

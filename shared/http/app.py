@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,13 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from shared.engines import Engine
 from shared.errors import DistillError, TeacherUnavailable
-from shared.http.face import Bounds, Face
+from shared.http.face import Bounds, Chat, Choose, Chosen, Complete, Face, Route
 from shared.http.keys import Keys
 from shared.http.limits import Counts
 from shared.http.metrics import Meters
-from shared.http.problems import NotReady, add_error_handlers
-from shared.http.schema import describe
-from shared.http.wire import ChatBody, CompletionBody
+from shared.http.problems import NotReady, Refused, add_error_handlers
+from shared.http.schema import Described, describe
 
 READY_S = 5.0
 """Seconds in which /readyz answers: a name that is looked up in vain may take minutes, and whoever asks waits for less."""
@@ -33,8 +33,11 @@ log = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-class _App(FastAPI):
+class App(FastAPI):
     """An application that has a straight way to the routes that carry the load: the layers between cost as much as all else there."""
+
+    known: Callable[[Request], object]
+    """Raises Unauthorised or Forbidden for a request without a key that may ask: for routes that are added to the application."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -70,13 +73,18 @@ def create_app(
     bounds: Bounds | None = None,
     meters: Meters | None = None,
     with_usage: bool = True,
-    listed: Callable[[], bool] = lambda: True,
+    choose: Choose | None = None,
+    models: Callable[[], list[dict[str, Any]]] | None = None,
+    routes: Mapping[str, Route[Any]] = MappingProxyType({}),
+    described: Described = Described(),  # noqa: B008
     beside: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
-) -> FastAPI:
+) -> App:
     """An application over `engine`, which it closes when it ends; `model` is the public name, the only one it answers to.
 
     `keys`: who may ask (None: everybody), `counts`: what each key has used, shared by several such applications; `bounds`: what a
-    request may be; `with_usage`: tell characters and words of every answer. `listed`: whether the model is among those served now.
+    request may be; `with_usage`: tell characters and words of every answer.
+    `choose`: who answers to a name, if there are several names; `models`: what GET /v1/models lists, beside what all have in common;
+    `routes`: more kinds of calls, by path; `described`: what OpenAPI tells of these and of other paths that are added to the application.
     `beside` is entered before the first request and left after the last.
 
     Every error has the shape {"error": {"message", "type", "param", "code"}}. What an engine says about itself goes to the
@@ -84,8 +92,7 @@ def create_app(
     """
     keys, bounds = keys or Keys({}), bounds or Bounds()
     face = Face(
-        engine,
-        model=model,
+        choose or only(engine, model),
         keys=keys,
         counts=counts or Counts(keys.keys),
         bounds=bounds,
@@ -97,6 +104,7 @@ def create_app(
         model=model,
         keys=keys.required,
         bounds=bounds,
+        more=described,
     )
 
     @asynccontextmanager
@@ -106,23 +114,26 @@ def create_app(
         await engine.aclose()
 
     # no pages of documentation: they load scripts from elsewhere
-    app = _App(title=title, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = App(title=title, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.known = face.known
     started = int(time.time())
     add_error_handlers(app)
 
-    @app.straight("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await face.answer(request, ChatBody)
+    def answering(path: str, route: Route[Any]) -> None:
+        @app.straight(path)
+        async def answer(request: Request) -> Response:
+            return await face.answer(request, route)
 
-    @app.straight("/v1/completions")
-    async def complete(request: Request) -> Response:
-        return await face.answer(request, CompletionBody)
+    answering("/v1/chat/completions", Chat())
+    answering("/v1/completions", Complete())
+    for path, route in routes.items():
+        answering(path, route)
 
     @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
+    async def listing(request: Request) -> dict[str, Any]:
         face.known(request)
-        data = [{"id": model, "object": "model", "created": started, "owned_by": "blackbox-distill"}] if listed() else []
-        return {"object": "list", "data": data}
+        common = {"object": "model", "created": started, "owned_by": "blackbox-distill"}
+        return {"object": "list", "data": [common | listed for listed in (models() if models else [{"id": model}])]}
 
     @app.get("/openapi.json")
     async def schema() -> JSONResponse:
@@ -151,10 +162,19 @@ def create_app(
     return app
 
 
-@contextmanager
-def cut_short() -> Iterator[None]:
-    """Answers a request that the server cancels, which it does to what is still in flight when it must end, as any that came too late."""
-    try:
-        yield
-    except asyncio.CancelledError:
-        raise TeacherUnavailable("shutting down") from None
+def only(engine: Engine, model: str) -> Choose:
+    """The choice of a server that has one model."""
+    chosen = nullcontext(Chosen(engine, model))
+
+    def choose(name: str) -> AbstractContextManager[Chosen]:
+        if name != model:
+            raise unknown_model(name, model)
+        return chosen
+
+    return choose
+
+
+def unknown_model(name: str, *served: str) -> Refused:
+    """Nobody here answers to this name."""
+    those = f"the one served is {served[0]!r}" if len(served) == 1 else f"those served are {', '.join(map(repr, served))}"
+    return Refused(404, "model", f"the model {name[:100]!r} does not exist here; {those}", param="model", code="model_not_found")

@@ -53,6 +53,14 @@ class Reply:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a user gives URL and key by, for messages."""
+
+    url: str = "teacher URL"
+    key: str = "teacher.api_key_file, DISTILL_TEACHER__API_KEY"
+
+
 class Exchange:
     """One HTTP request and its whole answer, with errors by what can be done about them.
 
@@ -66,15 +74,17 @@ class Exchange:
         headers: Mapping[str, str],
         timeout_s: float,
         secrets: Sequence[str] = (),
+        named: Named = Named(),
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`timeout_s`: seconds for one whole exchange; `secrets`: what must not be quoted; `transport` is what tests replace.
+        """`timeout_s`: seconds for one whole exchange; `secrets`: what must not be quoted; `named`: for messages; `transport` is what tests
+        replace.
 
         Raises SettingsError for what is no http(s) URL.
         """
-        self.base = parsed_url(base_url)
+        self.base = parsed_url(base_url, named.url)
         self._headers = {"accept": "application/json", "accept-encoding": "identity", "content-type": "application/json", **headers}
-        self._timeout_s, self._secrets = timeout_s, [secret for secret in secrets if secret]
+        self._timeout_s, self._named, self._secrets = timeout_s, named, [secret for secret in secrets if secret]
         # aiohttp below httpx: plain httpx slows down with many connections (encode/httpx issue 3215). The transport and not a client
         # on top of it: that one merges URLs, headers and cookies anew for each request, a quarter of the whole cost
         self._transport = transport or AiohttpTransport(client=self._session)
@@ -139,7 +149,7 @@ class Exchange:
                 message, kind="too_long" if too_long else "content_filter" if b"content_filter" in reply.body else "refused"
             )
         if status in (401, 403):
-            raise TeacherRejected(f"{message}; give the API key this server wants (teacher.api_key_file, DISTILL_TEACHER__API_KEY)")
+            raise TeacherRejected(f"{message}; give the API key this server wants ({self._named.key})")
         if status == 402:
             raise TeacherRejected(f"{message}; the account must pay first")
         raise NotTheApi(f"{message}; {'the server is somewhere else; give its own URL' if 300 <= status < 400 else remedy}")
@@ -322,15 +332,15 @@ def headers_with(api_key: str | None) -> dict[str, str]:
     return headers
 
 
-def parsed_url(text: str) -> httpx.URL:
+def parsed_url(text: str, named: str = "teacher URL") -> httpx.URL:
     try:
         url = httpx.URL(text.rstrip("/"))
     except httpx.InvalidURL as exc:
-        raise SettingsError(f"teacher URL {text!r}: {exc}; expected one like http://127.0.0.1:8000/v1") from exc
+        raise SettingsError(f"{named} {text!r}: {exc}; expected one like http://127.0.0.1:8000/v1") from exc
     if url.scheme not in ("http", "https") or not url.host:
-        raise SettingsError(f"teacher URL {text!r}: expected one like http://127.0.0.1:8000/v1")
+        raise SettingsError(f"{named} {text!r}: expected one like http://127.0.0.1:8000/v1")
     if url.userinfo:
-        raise SettingsError("teacher URL: it holds a password; give the key by itself")
+        raise SettingsError(f"{named}: it holds a password; give the key by itself")
     return url
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from shared.contracts import GenerationRequest
+from shared.contracts import Completion, GenerationRequest
 from shared.engines import Engine, pieces
 from shared.errors import DistillError, TeacherUnavailable
 from shared.http.keys import Key, Keys
@@ -22,7 +23,7 @@ from shared.http.limits import Counts, QueueFull, Slots
 from shared.http.metrics import Meters
 from shared.http.problems import Refused, error_answer, problem, problem_body, reason_of, wrong_body
 from shared.http.streaming import ClientLeft, Events, Words, while_connected
-from shared.http.wire import ChatBody, CompletionBody, chat_completion, new_id, text_completion, usage
+from shared.http.wire import CallBody, ChatBody, CompletionBody, chat_completion, new_id, text_completion, usage
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,102 @@ class Bounds:
         return min(1000, self.max_body_bytes // 64)
 
 
+class Chosen:
+    """Who answers a request."""
+
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    """Told with the answer."""
+
+    def __init__(self, engine: Engine, model: str) -> None:
+        """`model`: its public name."""
+        self.engine, self.model = engine, model
+
+    def ended(self, status: int, engine_s: float) -> None:
+        """Told when the request has ended: the status of its answer, and the seconds that the engine took."""
+
+
+Choose = Callable[[str], AbstractContextManager[Chosen]]
+"""Who answers to a public name, until the block ends. Raises Refused for one that nobody has, NotReady."""
+
+
+class Asked(NamedTuple):
+    """What one call asks the engine for."""
+
+    requests: list[GenerationRequest]
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    """Told with the answer."""
+
+
+BodyT = TypeVar("BodyT", bound=CallBody)
+
+
+class Route(Generic[BodyT]):
+    """One kind of call: its body, what the engine is asked for it, and how answers look, whole and in events."""
+
+    body: type[BodyT]
+    opens = False
+    """Whether each choice of a stream begins with an event without text."""
+
+    def asked(self, body: BodyT, chosen: Chosen, bounds: Bounds) -> Asked:
+        """Raises Refused for what is out of bounds."""
+        raise NotImplementedError
+
+    def whole(self, chosen: Chosen, asked: Asked, answers: list[list[Completion]], *, with_usage: bool) -> bytes:
+        """The body of the answer."""
+        raise NotImplementedError
+
+    def head(self, chosen: Chosen) -> dict[str, Any]:
+        """What all events of a stream have in common."""
+        raise NotImplementedError
+
+    def event(self, head: dict[str, Any], index: int, text: str, finish_reason: str | None, *, first: bool) -> dict[str, Any]:
+        """One event of a stream."""
+        raise NotImplementedError
+
+
+class Chat(Route[ChatBody]):
+    """POST /v1/chat/completions."""
+
+    body, opens = ChatBody, True
+
+    def asked(self, body: ChatBody, chosen: Chosen, bounds: Bounds) -> Asked:
+        if len(body.messages) > bounds.max_messages:
+            raise Refused(422, "field", f"messages: at most {bounds.max_messages} turns here", param="messages")
+        return Asked([body.request(bounds.max_tokens)])
+
+    def whole(self, chosen: Chosen, asked: Asked, answers: list[list[Completion]], *, with_usage: bool) -> bytes:
+        return chat_completion(chosen.model, answers[0], usage(asked.requests[0], answers[0]) if with_usage else None)
+
+    def head(self, chosen: Chosen) -> dict[str, Any]:
+        return _head("chatcmpl", "chat.completion.chunk", chosen.model)
+
+    def event(self, head: dict[str, Any], index: int, text: str, finish_reason: str | None, *, first: bool) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""} if first else {} if finish_reason else {"content": text}
+        return head | {"choices": [{"index": index, "delta": delta, "finish_reason": finish_reason}]}
+
+
+class Complete(Route[CompletionBody]):
+    """POST /v1/completions."""
+
+    body = CompletionBody
+
+    def asked(self, body: CompletionBody, chosen: Chosen, bounds: Bounds) -> Asked:
+        return Asked([body.request(bounds.max_tokens)])
+
+    def whole(self, chosen: Chosen, asked: Asked, answers: list[list[Completion]], *, with_usage: bool) -> bytes:
+        return text_completion(chosen.model, answers[0], usage(asked.requests[0], answers[0]) if with_usage else None)
+
+    def head(self, chosen: Chosen) -> dict[str, Any]:
+        return _head("cmpl", "text_completion", chosen.model)
+
+    def event(self, head: dict[str, Any], index: int, text: str, finish_reason: str | None, *, first: bool) -> dict[str, Any]:
+        return head | {"choices": [{"index": index, "text": text, "finish_reason": finish_reason}]}
+
+
+def _head(kind: str, name: str, model: str) -> dict[str, Any]:
+    return {"id": new_id(kind), "object": name, "created": int(time.time()), "model": model}
+
+
 @dataclass
 class _Told:
     """What the log and the metrics tell of one request."""
@@ -73,13 +170,14 @@ class _Told:
     engine_s: float = 0.0
     reason: str | None = None
     """Why it was refused or failed."""
+    chosen: Chosen | None = None
 
 
 class Face:
     """The way of a request from its bytes to the engine and of the answer back: key, limits, body, queue."""
 
-    def __init__(self, engine: Engine, *, model: str, keys: Keys, counts: Counts, bounds: Bounds, meters: Meters, with_usage: bool) -> None:
-        self._engine, self._model, self._keys, self._counts = engine, model, keys, counts
+    def __init__(self, choose: Choose, *, keys: Keys, counts: Counts, bounds: Bounds, meters: Meters, with_usage: bool) -> None:
+        self._choose, self._keys, self._counts = choose, keys, counts
         self._bounds, self._meters, self._with_usage = bounds, meters, with_usage
         self._slots: Slots | None = None
         self._unread = 0
@@ -89,11 +187,11 @@ class Face:
         """Whose request this is. Raises Unauthorised, Forbidden."""
         return self._keys.known(_header(request, b"authorization"))
 
-    async def answer(self, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
-        """The response to one POST of such a body, errors included; tells the log and the metrics."""
+    async def answer(self, request: Request, route: Route[Any]) -> Response:
+        """The response to one POST of this kind, errors included; tells the log and the metrics."""
         told = _Told(time.perf_counter(), request.scope["path"])
         try:
-            response = await self._answer(request, kind, told)
+            response = await self._answer(request, route, told)
         except ClientLeft:
             told.reason = "client_left"
             response = Response(status_code=499)  # reaches nobody
@@ -112,7 +210,7 @@ class Face:
             self._tell(told, response.status_code)
         return response
 
-    async def _answer(self, request: Request, kind: type[ChatBody] | type[CompletionBody], told: _Told) -> Response:
+    async def _answer(self, request: Request, route: Route[Any], told: _Told) -> Response:
         key = self.known(request)
         told.key = key.name
         self._counts.ask(key)
@@ -120,21 +218,26 @@ class Face:
         raw = await self._body(request)
         told.body_s = time.perf_counter() - asked_for
         try:
-            body = kind.model_validate_json(raw)
+            body = route.body.model_validate_json(raw)
         except ValidationError as exc:
             raise wrong_body(exc.errors(include_url=False, include_context=False)[0]) from None
-        asked = self._asked(request, body, told)
-        with while_connected(request.receive):
-            if not body.stream:
-                return await self._whole(key, asked, kind, told)
-            events = self._events(key, asked, kind, told)
-            first = await anext(events)
+        with ExitStack() as held:
+            chosen = told.chosen = held.enter_context(self._choose(body.model))
+            asked = route.asked(body, chosen, self._bounds)
+            self._check(request, body, asked, told)
+            with while_connected(request.receive):
+                if not body.stream:
+                    response = await self._whole(key, route, chosen, asked, told)
+                else:
+                    events = self._events(key, route, chosen, asked, told, held.pop_all())
+                    first = await anext(events)
+                    response = Events(first, events, cut=CUT, most_s=self._bounds.stream_s, ended=lambda reason: self._ended(told, reason))
+        response.raw_headers += [*chosen.headers, *asked.headers]
+        return response
 
-        def ended(reason: str | None) -> None:
-            told.reason = told.reason or reason
-            self._tell(told, 200)
-
-        return Events(first, events, cut=CUT, most_s=self._bounds.stream_s, ended=ended)
+    def _ended(self, told: _Told, reason: str | None) -> None:
+        told.reason = told.reason or reason
+        self._tell(told, 200)
 
     async def _body(self, request: Request) -> bytes:
         """The bytes of a JSON body. Raises Refused for one that is of another kind, too large or too slow, QueueFull if too many come."""
@@ -161,27 +264,21 @@ class Face:
         finally:
             self._unread -= len(body)
 
-    def _asked(self, request: Request, body: ChatBody | CompletionBody, told: _Told) -> GenerationRequest:
-        """What the engine is to be asked. Raises Refused for another model and for what is out of bounds."""
-        bounds = self._bounds
-        if body.model != self._model:
-            message = f"the model {body.model[:100]!r} does not exist here; the one served is {self._model!r}"
-            raise Refused(404, "model", message, param="model", code="model_not_found")
-        if isinstance(body, ChatBody) and len(body.messages) > bounds.max_messages:
-            raise Refused(422, "field", f"messages: at most {bounds.max_messages} turns here", param="messages")
-        asked = body.request(bounds.max_tokens)
-        for name, value, most in (("n", asked.n, bounds.max_n), ("max_tokens", asked.sampling.max_tokens, bounds.max_tokens)):
+    def _check(self, request: Request, body: CallBody, asked: Asked, told: _Told) -> None:
+        """Raises Refused for what is out of bounds."""
+        bounds, first = self._bounds, asked.requests[0]
+        for name, value, most in (("n", first.n, bounds.max_n), ("max_tokens", first.sampling.max_tokens, bounds.max_tokens)):
             if value > most:
                 raise Refused(422, "field", f"{name}: at most {most} here", param=name)
         if body.stream and request.scope.get("http_version") == "1.0":
             raise Refused(422, "field", "stream: HTTP/1.0 knows no answer of unknown length; use HTTP/1.1", param="stream")
-        told.stream, told.n = bool(body.stream), asked.n
-        told.prompt_characters = len(asked.prompt) if asked.prompt is not None else sum(len(m.content) for m in asked.messages or ())
+        told.stream, told.n = bool(body.stream), sum(one.n for one in asked.requests)
+        told.prompt_characters = sum(
+            len(one.prompt) if one.prompt is not None else sum(len(m.content) for m in one.messages or ()) for one in asked.requests
+        )
         if told.prompt_characters > bounds.max_prompt_characters:
             message = f"the prompt has {told.prompt_characters} characters; at most {bounds.max_prompt_characters} are taken here"
-            param = "prompt" if asked.messages is None else "messages"
-            raise Refused(400, "prompt_too_long", message, param=param, code="context_length_exceeded")
-        return asked
+            raise Refused(400, "prompt_too_long", message, param=body.asks_by, code="context_length_exceeded")
 
     async def _take(self, told: _Told) -> None:
         """Wait for a place at the engine. Raises QueueFull."""
@@ -196,84 +293,77 @@ class Face:
         assert self._slots is not None
         self._slots.give()
 
-    async def _whole(self, key: Key, asked: GenerationRequest, kind: type[ChatBody] | type[CompletionBody], told: _Told) -> Response:
-        lease = self._counts.hold(key, asked)
+    async def _whole(self, key: Key, route: Route[Any], chosen: Chosen, asked: Asked, told: _Told) -> Response:
+        lease = self._counts.hold(key, *asked.requests)
         try:
             await self._take(told)
             began = time.perf_counter()
             try:
-                completions = await self._engine.generate(asked)
+                answers = await _all(chosen.engine, asked.requests)
             finally:
                 told.engine_s = time.perf_counter() - began
                 self._give()
-            told.completion_characters = sum([len(c.text) for c in completions])
+            told.completion_characters = sum([len(c.text) for completions in answers for c in completions])
         finally:
             self._counts.settle(lease, told.completion_characters)
-        used = usage(asked, completions) if self._with_usage else None
-        answer = (chat_completion if kind is ChatBody else text_completion)(self._model, completions, used)
-        return Response(answer, media_type="application/json")
+        return Response(route.whole(chosen, asked, answers, with_usage=self._with_usage), media_type="application/json")
 
     async def _events(
-        self, key: Key, asked: GenerationRequest, kind: type[ChatBody] | type[CompletionBody], told: _Told
+        self, key: Key, route: Route[Any], chosen: Chosen, asked: Asked, told: _Told, held: ExitStack
     ) -> AsyncGenerator[bytes, None]:
-        """The events of a streamed answer. Raises what the engine raises before the first of them; later that is an event, the last."""
-        chat = kind is ChatBody
-        head = {
-            "id": new_id("chatcmpl" if chat else "cmpl"),
-            "object": "chat.completion.chunk" if chat else "text_completion",
-            "created": int(time.time()),
-            "model": self._model,
-        }
+        """The events of a streamed answer; `held` is let go at its end.
+
+        Raises what the engine raises before the first of them; later that is an event, the last.
+        """
+        head = route.head(chosen)
         begun = False
 
         def event(index: int, text: str, finish_reason: str | None = None, *, first: bool = False) -> bytes:
             nonlocal begun
             begun = True
-            said: dict[str, Any] = {"text": text}
-            if chat:
-                said = {"delta": {"role": "assistant", "content": ""} if first else {} if finish_reason else {"content": text}}
-            return _event(head | {"choices": [{"index": index, **said, "finish_reason": finish_reason}]})
+            return _event(route.event(head, index, text, finish_reason, first=first))
 
         words: dict[int, Words] = {}
-        try:
-            lease = self._counts.hold(key, asked)
+        with held:
             try:
-                await self._take(told)
-                stream = pieces(self._engine, asked)
+                lease = self._counts.hold(key, *asked.requests)
                 try:
-                    while True:
-                        began = time.perf_counter()
-                        piece = await anext(stream, None)
-                        told.engine_s += time.perf_counter() - began
-                        if piece is None:
-                            break
-                        index, text, reason = piece
-                        told.completion_characters += len(text)
-                        said = []
-                        if index not in words:
-                            words[index] = Words()
-                            if chat:
-                                said.append(event(index, "", first=True))
-                        said += [event(index, word) for word in words[index].add(text)]
-                        if reason:
-                            if rest := words[index].rest():
-                                said.append(event(index, rest))
-                            said.append(event(index, "", reason))
-                        if said:
-                            yield b"".join(said)
-                finally:
+                    await self._take(told)
+                    stream = pieces(chosen.engine, asked.requests[0])
                     try:
-                        await stream.aclose()
+                        while True:
+                            began = time.perf_counter()
+                            piece = await anext(stream, None)
+                            told.engine_s += time.perf_counter() - began
+                            if piece is None:
+                                break
+                            index, text, reason = piece
+                            told.completion_characters += len(text)
+                            said = []
+                            if index not in words:
+                                words[index] = Words()
+                                if route.opens:
+                                    said.append(event(index, "", first=True))
+                            said += [event(index, word) for word in words[index].add(text)]
+                            if reason:
+                                if rest := words[index].rest():
+                                    said.append(event(index, rest))
+                                said.append(event(index, "", reason))
+                            if said:
+                                yield b"".join(said)
                     finally:
-                        self._give()
-            finally:
-                self._counts.settle(lease, told.completion_characters)
-            yield b"data: [DONE]\n\n"
-        except DistillError as exc:
-            if not begun:
-                raise
-            told.reason = reason_of(exc)
-            yield _event(problem_body(exc, told.id))
+                        try:
+                            await stream.aclose()
+                        finally:
+                            self._give()
+                finally:
+                    self._counts.settle(lease, told.completion_characters)
+                yield b"data: [DONE]\n\n"
+            except DistillError as exc:
+                if not begun:
+                    raise
+                told.reason = reason_of(exc)
+                yield _event(problem_body(exc, told.id))
 
     def _tell(self, told: _Told, status: int) -> None:
         seconds = time.perf_counter() - told.began
@@ -281,6 +371,8 @@ class Face:
         meters = self._meters
         if told.reason is not None:
             meters.refused(told.reason)
+        if told.chosen is not None:
+            told.chosen.ended(status, told.engine_s)
         if told.engine_s:  # it was asked
             meters.engine_s.observe(told.engine_s)
             if told.queued:
@@ -305,6 +397,18 @@ class Face:
                 "queue_seconds": round(told.queue_s, 4),
             }
             log.info("request", extra={"fields": fields})
+
+
+async def _all(engine: Engine, requests: list[GenerationRequest]) -> list[list[Completion]]:
+    """The completions of each request. Raises the first error that comes, and lets the others go then."""
+    if len(requests) == 1:
+        return [await engine.generate(requests[0])]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(engine.generate(request)) for request in requests]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def _header(request: Request, name: bytes) -> str | None:

@@ -107,11 +107,11 @@ class Counts:
             d[ring + place] = now
             d[at] = (place + 1) % limit
 
-    def hold(self, key: Key, request: GenerationRequest) -> Lease:
-        """Reserve what a request may generate. Raises Exhausted, and OverADay if it is more than a whole day's."""
+    def hold(self, key: Key, *requests: GenerationRequest) -> Lease:
+        """Reserve what the requests of one call may generate. Raises Exhausted, and OverADay if it is more than a whole day's."""
         at, limits = self._start[key.index], key.limits
         held = at + 3
-        wish = request.n * request.sampling.max_tokens * CHARACTERS_A_TOKEN if limits.characters_per_day else 0
+        wish = sum(r.n * r.sampling.max_tokens for r in requests) * CHARACTERS_A_TOKEN if limits.characters_per_day else 0
         with self._locked as d:
             if limits.concurrent_requests is not None and sum(d[held : held + self._workers]) >= limits.concurrent_requests:
                 many = limits.concurrent_requests

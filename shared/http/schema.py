@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from shared.http.face import Bounds
@@ -28,19 +31,62 @@ REFUSALS = {
 WITH_RETRY_AFTER = (429, 503)
 
 
-def describe(*, title: str, model: str, keys: bool, bounds: Bounds) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Read:
+    """A GET that a server has beside those of all."""
+
+    path: str
+    summary: str
+    answer: type[BaseModel] | str
+    """Its JSON, or another media type."""
+    missing: str | None = None
+    """When it is answered with 404."""
+    keyed: bool = True
+    """Whether it wants a key where keys are wanted."""
+
+
+@dataclass(frozen=True)
+class Generating:
+    """A POST that a server has beside those of all."""
+
+    path: str
+    summary: str
+    body: type[BaseModel]
+    answer: type[BaseModel]
+    chunk: type[BaseModel]
+
+
+@dataclass(frozen=True)
+class Described:
+    """What OpenAPI tells of a server beside what all have."""
+
+    reads: tuple[Read, ...] = ()
+    generating: tuple[Generating, ...] = ()
+    names: tuple[str, ...] = ()
+    """Models, beside the one."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """What answers of models tell in headers, and what that means."""
+    listed: Mapping[str, Any] = field(default_factory=dict)
+    """JSON schemas of what a listed model tells beside its name, by field."""
+
+
+def describe(*, title: str, model: str, keys: bool, bounds: Bounds, more: Described = Described()) -> dict[str, Any]:
     """The OpenAPI document of a server that answers to the name `model`, with its limits. `keys`: whether it asks for them."""
-    bodies, answers = (ChatBody, CompletionBody), (ChatCompletion, ChatChunk, TextCompletion, TextChunk, ErrorAnswer)
+    bodies: list[type[BaseModel]] = [ChatBody, CompletionBody, *(g.body for g in more.generating)]
+    answers: list[type[BaseModel]] = [ChatCompletion, ChatChunk, TextCompletion, TextChunk, ErrorAnswer]
+    answers += [a for g in more.generating for a in (g.answer, g.chunk)] + [r.answer for r in more.reads if not isinstance(r.answer, str)]
+    names = [model, *more.names]
     _, definitions = models_json_schema(
         [*((b, "validation") for b in bodies), *((a, "serialization") for a in answers)], ref_template="#/components/schemas/{model}"
     )
     schemas = definitions["$defs"]
     for body in bodies:
         fields = schemas[body.__name__]["properties"]
-        fields["model"]["enum"] = [model]
+        fields["model"]["enum"] = names
+        fields["model"].pop("default", None)
         for name, most in (("n", bounds.max_n), ("max_tokens", bounds.max_tokens), ("max_completion_tokens", bounds.max_tokens)):
             if name in fields:
-                fields[name]["anyOf"][0]["maximum"] = most
+                fields[name]["anyOf"][0]["maximum"] = min(most, fields[name]["anyOf"][0].get("maximum", most))
         if "prompt" in fields:
             fields["prompt"]["maxLength"] = bounds.max_prompt_characters
     schemas["Turn"]["properties"]["content"]["maxLength"] = bounds.max_prompt_characters
@@ -49,6 +95,18 @@ def describe(*, title: str, model: str, keys: bool, bounds: Bounds) -> dict[str,
     schemas["ChatBody"]["properties"]["messages"]["maxItems"] = bounds.max_messages
     schemas["ChatBody"]["properties"]["messages"]["contains"] = {"required": ["content"], "properties": {"content": {"pattern": r"\S"}}}
     schemas["ChatBody"]["not"] = both | {"required": ["max_tokens", "max_completion_tokens"]}
+
+    secured: dict[str, Any] = {"security": [{"key": []}]} if keys else {}
+
+    def read(of: Read) -> dict[str, Any]:
+        content = {of.answer: {"schema": {"type": "string"}}} if isinstance(of.answer, str) else None
+        found = {"description": "It.", "content": content} if content else _json("It.", _reference(of.answer))  # type: ignore[arg-type]
+        refused = (*((401, 403) if keys and of.keyed else ()), *((404,) if of.missing else ()), 405)
+        responses = {"200": found, **_errors(*refused)}
+        if of.missing:
+            responses["404"] = _json(of.missing, _reference(ErrorAnswer))
+        name = of.path.strip("/").replace("/", "_") or "page"
+        return {"get": {"summary": of.summary, "operationId": name, "responses": responses, **(secured if of.keyed else {})}}
 
     def generation(what: str, body: type, answer: type, chunk: type) -> dict[str, Any]:
         headers = {"x-request-id": {"description": "Names this request in the server's log.", "schema": {"type": "string"}}}
@@ -60,7 +118,7 @@ def describe(*, title: str, model: str, keys: bool, bounds: Bounds) -> dict[str,
             "responses": {
                 "200": {
                     "description": "The answer; with `stream`, server-sent events: chunks, then `data: [DONE]` or one error.",
-                    "headers": headers,
+                    "headers": headers | {n: {"description": d, "schema": {"type": "string"}} for n, d in more.headers.items()},
                     "content": {
                         "application/json": {"schema": _reference(answer)},
                         "text/event-stream": {"schema": _event(chunk)},
@@ -68,7 +126,7 @@ def describe(*, title: str, model: str, keys: bool, bounds: Bounds) -> dict[str,
                 },
                 **_errors(400, *((401, 403) if keys else ()), 404, 405, 408, 413, 415, 422, 429, 500, 502, 503, 504, headers=headers),
             },
-            **({"security": [{"key": []}]} if keys else {}),
+            **secured,
         }
 
     listing = {
@@ -82,10 +140,11 @@ def describe(*, title: str, model: str, keys: bool, bounds: Bounds) -> dict[str,
                     "type": "object",
                     "required": ["id", "object", "created", "owned_by"],
                     "properties": {
-                        "id": {"const": model},
+                        "id": {"enum": names},
                         "object": {"const": "model"},
                         "created": {"type": "integer"},
                         "owned_by": {"type": "string"},
+                        **more.listed,
                     },
                     "additionalProperties": False,
                 },
@@ -118,9 +177,11 @@ def describe(*, title: str, model: str, keys: bool, bounds: Bounds) -> dict[str,
                         "200": _json("The model, or nothing while none is served.", listing),
                         **_errors(*((401, 403) if keys else ()), 405),
                     },
-                    **({"security": [{"key": []}]} if keys else {}),
+                    **secured,
                 }
             },
+            **{g.path: {"post": generation(g.summary, g.body, g.answer, g.chunk)} for g in more.generating},
+            **{r.path: read(r) for r in more.reads},
             "/openapi.json": {
                 "get": {
                     "summary": "This.",

@@ -71,6 +71,7 @@ def serve(
     workers: int = 1,
     counts: Counts | None = None,
     spare_files: int = 0,
+    measured: bool = False,
 ) -> int:
     """Serve until SIGTERM or Ctrl-C, finish what is in flight, return 0. Port 0 picks a free one.
 
@@ -79,7 +80,8 @@ def serve(
     Prints "NAME: listening on URL" once it does. `until_stdin_closes`: end as well when the process that started this one
     is gone, so that no server outlives it. `metrics_port`: count and time requests, and tell the numbers of `registry` there, on the
     same host, in a second line "NAME: metrics on URL" (see metrics.py). `workers`: processes that answer; one that dies is replaced,
-    and gives back what it held in `counts`. `spare_files`: connections that the engine may need itself.
+    and gives back what it held in `counts`. `spare_files`: connections that the engine may need itself. `measured`: count and time
+    requests without a port for the numbers as well, since the application tells them itself.
     Raises SettingsError if an address cannot be had, EngineError if startup fails.
     """
     drain_s = DRAIN_S if drain_s is None else drain_s
@@ -87,7 +89,7 @@ def serve(
     listeners = _listen(host, port, workers)
     shown = f"[{host}]" if ":" in host else host
     announcement = f"{name}: listening on http://{shown}:{listeners[0].getsockname()[1]}/v1"
-    application = app if metrics_port is None else Measured(app, registry)
+    application = Measured(app, registry) if measured or metrics_port is not None else app
     told = nullcontext() if metrics_port is None else exposed(told_of(registry), host=host, port=metrics_port, option="--metrics-port")
     with told as url:
         if url:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import to_json
@@ -13,7 +13,7 @@ from pydantic_core import to_json
 from shared.contracts import Completion, FinishReason, GenerationRequest, Message, Sampling
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
     """JSON knows one kind of number: 4.0 is an integer there, and some clients write it so."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -37,23 +37,30 @@ class Turn(Body):
     content: str
 
 
-class GenerationBody(Body):
-    """What both kinds of request share. Defaults are those of the OpenAI API."""
+class CallBody(Body):
+    """What every kind of request has that a model answers."""
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1, le=4096), BeforeValidator(_whole)] | None = None
+    stream: bool | None = None
+    """Default false."""
+    asks_by: ClassVar[str]
+    """The field that holds what is asked."""
+
+
+class GenerationBody(CallBody):
+    """What requests of the OpenAI API share, and their defaults."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=4096), BeforeValidator(whole)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """Default 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Default 1."""
-    n: Annotated[int, Field(ge=1, le=64), BeforeValidator(_whole)] | None = None
+    n: Annotated[int, Field(ge=1, le=64), BeforeValidator(whole)] | None = None
     """Default 1."""
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(whole)] | None = None
     user: str | None = None
     """Accepted, since clients send it, and not used."""
-    stream: bool | None = None
-    """Default false."""
 
     def _request(self, max_tokens: int, *, messages: tuple[Message, ...] | None = None, prompt: str | None = None) -> GenerationRequest:
         stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -70,8 +77,9 @@ class GenerationBody(Body):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
+    asks_by = "messages"
     messages: list[Turn] = Field(min_length=1)
-    max_completion_tokens: Annotated[int, Field(ge=1, le=4096), BeforeValidator(_whole)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=4096), BeforeValidator(whole)] | None = None
     """The newer name of max_tokens."""
 
     @model_validator(mode="after")
@@ -91,6 +99,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
+    asks_by = "prompt"
     prompt: Text
 
     def request(self, most_tokens: int) -> GenerationRequest:

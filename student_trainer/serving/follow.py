@@ -7,17 +7,18 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
 
-from shared.contracts import Completion, GenerationRequest
+from shared.contracts import Completion, Example, GenerationRequest
 from shared.engines import Engine
 from shared.errors import DataError
 from shared.http.problems import NotReady
-from shared.registry import Promoted, current, history, serving_path, verify
+from shared.registry import Canary, Promoted, canary, current, history, serving_path, verify
 from shared.settings import TaskSettings
 
 LOOK_S = 1.0
@@ -26,6 +27,7 @@ RETRY_S = 30.0
 """Seconds until what could not be served is tried again: what was in the way, a file system or a want of memory, may have passed."""
 RETIRE_S = 60.0
 """Seconds that requests in flight get to finish on a student that has been replaced."""
+SAMPLES = 8
 RETRY_AFTER_S = 5.0
 """What callers are told to wait while nothing is served."""
 
@@ -45,6 +47,10 @@ class Student:
     """On the test split, each in [0, 1]; empty where nothing was measured."""
     promoted_at: str | None = None
     """UTC, ISO 8601."""
+    samples: tuple[str, ...] = ()
+    """Some questions of its test split."""
+    report: Path | None = None
+    """The report of its evaluation, as a page."""
 
 
 @dataclass
@@ -54,16 +60,10 @@ class Loaded:
     student: Student
     engine: Engine
     kind: Literal["encoder-decoder", "decoder-only"]
+    fits: Callable[[GenerationRequest], bool] = lambda request: True
+    """Whether the model can read a whole prompt and still answer."""
     in_flight: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-def load(student: Student) -> Loaded:
-    """The student in memory. Raises EngineError for a folder that cannot be loaded."""
-    from shared.engines.local import LocalEngine, LocalModel
-
-    model = LocalModel(student.folder)
-    return Loaded(student, LocalEngine(model), model.config.kind)
 
 
 def verified(registry: Path, promoted: Promoted) -> Student:
@@ -74,21 +74,48 @@ def verified(registry: Path, promoted: Promoted) -> Student:
     except ValidationError as exc:
         raise DataError(f"{registry}: the task of version {promoted.version} is not readable: {exc.errors()[0]['msg']}") from exc
     folder = serving_path(registry, promoted)
-    return Student(folder, promoted.version, task, promoted.name, promoted.scores, promoted.promoted_at)
+    report = folder.parent / "report.html"
+    return Student(
+        folder,
+        promoted.version,
+        task,
+        promoted.name,
+        promoted.scores,
+        promoted.promoted_at,
+        _samples(folder.parent / "test.jsonl"),
+        report if report.is_file() else None,
+    )
+
+
+def _samples(file: Path) -> tuple[str, ...]:
+    """The first SAMPLES questions of a split, if it is there: the page can do without them."""
+    try:
+        with file.open("rb") as rows:
+            return tuple(Example.model_validate_json(row).question for row in islice(rows, SAMPLES))
+    except (OSError, ValidationError):
+        return ()
 
 
 class Served:
-    """An `Engine` whose student can be replaced while it answers. Belongs to one event loop."""
+    """An `Engine` whose student can be replaced while it answers, and one more that is tried on a share of what it is asked.
+
+    Belongs to one event loop.
+    """
 
     def __init__(self, loaded: Loaded | None = None, *, retire_s: float = RETIRE_S) -> None:
         self.loaded, self._retire_s = loaded, retire_s
         self.reason: str | None = "starting" if loaded is None else None
         """Why nothing is served, or why the student promoted last is not; for callers."""
+        self.tried: Loaded | None = None
+        """The canary."""
+        self.share = 0.0
+        """Of the requests, that the canary gets."""
+        self._due = 0.0
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Loaded]:
-        """Who is served now, not closed before the block ends even if replaced meanwhile. Raises NotReady."""
-        loaded = self.loaded
+        """Who answers the next request, not closed before the block ends even if replaced meanwhile. Raises NotReady."""
+        loaded = self._next()
         if loaded is None:
             raise NotReady(str(self.reason), retry_after_s=RETRY_AFTER_S)
         loaded.in_flight += 1
@@ -100,17 +127,38 @@ class Served:
             if not loaded.in_flight:
                 loaded.idle.set()
 
+    def _next(self) -> Loaded | None:
+        if self.loaded is None or self.tried is None:
+            return self.loaded
+        self._due += self.share  # spread evenly: of 10% every tenth
+        if self._due < 1:
+            return self.loaded
+        self._due -= 1
+        return self.tried
+
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         with self.borrow() as loaded:
             return await loaded.engine.generate(request)
 
     async def check(self) -> None:
-        with self.borrow() as loaded:
-            await loaded.engine.check()
+        if self.loaded is None:
+            raise NotReady(str(self.reason), retry_after_s=RETRY_AFTER_S)
+        await self.loaded.engine.check()
 
     async def replace(self, loaded: Loaded) -> None:
         """From now on `loaded` answers; returns when the one before has finished its requests and is closed."""
         before, self.loaded, self.reason = self.loaded, loaded, None
+        if loaded is self.tried:
+            self.tried, self.share = None, 0.0
+        await self._retire(before)
+
+    async def try_out(self, loaded: Loaded | None, share: float = 0.0) -> None:
+        """From now on `loaded` gets that share of the requests; returns when the canary before has finished its own and is closed."""
+        before, self.tried, self.share, self._due = self.tried, loaded, share, 0.0
+        if before is not loaded:
+            await self._retire(before)
+
+    async def _retire(self, before: Loaded | None) -> None:
         if before is None:
             return
         # an engine that closes refuses the requests in its queue: they are let through first
@@ -121,51 +169,109 @@ class Served:
         await before.engine.aclose()
 
     async def aclose(self) -> None:
-        if self.loaded is not None:
-            await self.loaded.engine.aclose()
+        for loaded in (self.loaded, self.tried):
+            if loaded is not None:
+                await loaded.engine.aclose()
 
 
 class Follower:
-    """Serves what the registry says: the first promotion, every later one, and rollbacks."""
+    """Serves what the registry says: the first promotion, every later one, rollbacks, and canaries."""
 
-    def __init__(self, registry: Path, served: Served, *, load: Callable[[Student], Loaded] = load, retry_s: float = RETRY_S) -> None:
-        self._registry, self._served, self._load, self._retry_s = registry, served, load, retry_s
-        self._failed: Promoted | None = None
-        self._retry_at = 0.0
+    def __init__(
+        self,
+        registry: Path,
+        served: Served,
+        *,
+        load: Callable[[Student], Loaded],
+        retry_s: float = RETRY_S,
+        changed: Callable[[Served], None] = lambda served: None,
+    ) -> None:
+        """`load`: the student in memory, ready to answer at once. `changed` is called when somebody else is served or tried."""
+        self._registry, self._served, self._load, self._retry_s, self._changed = registry, served, load, retry_s, changed
+        self._failed: dict[str, tuple[Promoted, float]] = {}
+        """What could not be served or tried, by which of the two, and when to try again."""
         self._logged: str | None = None
 
     async def look(self) -> None:
-        """Serve what is promoted now, unless it is served already.
+        """Serve what is promoted now, unless it is served already, and try the canary.
 
         What cannot be served leaves who is served in place, and is tried again after `retry_s`. The log gets the error, one line
         while it stays the same; callers do not, since engines and file systems tell what is inside.
         """
         try:
-            found = await asyncio.to_thread(_look_at, self._registry)
+            found, tried = await asyncio.to_thread(_look_at, self._registry)
         except Exception as exc:
             self._refuse("what is promoted cannot be told", exc)
             return
         if isinstance(found, str):
             self._say(found, f"{found}; waiting for a promotion in {self._registry}")
             return
-        served = self._served.loaded
+        await self._serve(found)
+        await self._try(tried)
+
+    async def _serve(self, found: Promoted) -> None:
+        served, tried = self._served.loaded, self._served.tried
         if served is not None and served.student.version == found.version:
             self._served.reason = self._logged = None
             return
-        if found != self._failed:
+        if tried is not None and tried.student.version == found.version:  # it was tried, and is promoted now
+            student = tried.student
+            tried.student = replace(student, scores=found.scores, promoted_at=found.promoted_at)
+            loaded: Loaded | None = tried
+        else:
+            if not self._wanted("served", found):
+                return
             self._served.reason = f"loading promoted version {found.version}"
-        elif time.monotonic() < self._retry_at:
+            loaded = await self._loaded("served", found)
+        if loaded is None:
             return
+        print(f"student: serving {_told(loaded.student)}", flush=True)
+        self._logged = None
+        retiring = asyncio.ensure_future(self._served.replace(loaded))
+        await asyncio.sleep(0)  # who is served has changed now; who was may take a while to end
+        self._changed(self._served)
+        await retiring
+
+    async def _try(self, found: Canary | None) -> None:
+        tried = self._served.tried
+        if found is None:
+            if tried is not None:
+                print(f"student: version {tried.student.version} is tried no more", flush=True)
+                await self._seat(None)
+            return
+        if tried is not None and tried.student.version == found.promoted.version:
+            if found.share != self._served.share:
+                print(f"student: trying version {tried.student.version} on {found.share:.0%} of the requests", flush=True)
+                await self._seat(tried, found.share)
+            return
+        if self._wanted("tried", found.promoted) and (loaded := await self._loaded("tried", found.promoted)):
+            print(f"student: trying {_told(loaded.student)} on {found.share:.0%} of the requests", flush=True)
+            await self._seat(loaded, found.share)
+
+    async def _seat(self, tried: Loaded | None, share: float = 0.0) -> None:
+        retiring = asyncio.ensure_future(self._served.try_out(tried, share))
+        await asyncio.sleep(0)
+        self._changed(self._served)
+        await retiring
+
+    def _wanted(self, what: str, found: Promoted) -> bool:
+        """Whether to load this now: it has not failed, or that is a while ago."""
+        failed, retry_at = self._failed.get(what, (None, 0.0))
+        return failed != found or time.monotonic() >= retry_at
+
+    async def _loaded(self, what: Literal["served", "tried"], found: Promoted) -> Loaded | None:
         try:
             student = await asyncio.to_thread(verified, self._registry, found)
             loaded = await asyncio.to_thread(self._load, student)
-            print(f"student: serving {_told(student)}", flush=True)
         except Exception as exc:  # whatever it was, who is served goes on answering
-            self._failed, self._retry_at = found, time.monotonic() + self._retry_s
-            self._refuse(f"promoted version {found.version} cannot be served", exc)
-            return
-        self._logged = None
-        await self._served.replace(loaded)
+            self._failed[what] = found, time.monotonic() + self._retry_s
+            if what == "served":
+                self._refuse(f"promoted version {found.version} cannot be served", exc)
+            else:
+                log.warning("student: canary %s cannot be tried: %s: %s", found.version, type(exc).__name__, exc)
+            return None
+        self._failed.pop(what, None)
+        return loaded
 
     @contextlib.asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
@@ -197,13 +303,17 @@ class Follower:
         self._logged = logged
 
 
-def _look_at(registry: Path) -> Promoted | str:
-    """What is promoted, or that nothing is. Raises as `current` does."""
+def _look_at(registry: Path) -> tuple[Promoted | str, Canary | None]:
+    """What is promoted, or that nothing is, and what is tried beside it. Raises as `current` does."""
     if promoted := current(registry):
-        return promoted
+        try:
+            return promoted, canary(registry)
+        except DataError as exc:  # a damaged canary keeps nobody from being served
+            log.warning("student: the canary cannot be told: %s", exc)
+            return promoted, None
     events = history(registry)
     refused = f" (the last one was refused: {events[-1].reason})" if events and events[-1].what == "refused" else ""
-    return f"no student is promoted yet{refused}"
+    return f"no student is promoted yet{refused}", None
 
 
 def _told(student: Student) -> str:

@@ -1,26 +1,87 @@
-"""`distill serve`: the promoted student over HTTP."""
+"""`distill serve`: the promoted student over HTTP, with a page to try it on."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+from typing import Any
 
-EPILOG = "Every option can be given as a variable: --registry is STUDENT_REGISTRY."
+from shared.http.options import add_key_options, add_run_options
+
+EPILOG = "Every option can be given as a variable: --registry is STUDENT_REGISTRY. Keys: STUDENT_API_KEYS=NAME=KEY,..., or in a file."
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="distill serve", description=__doc__, epilog=EPILOG, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--registry", metavar="DIR", help="serve what is promoted there, now or later: RUN/registry")
-    parser.add_argument("--model-dir", metavar="DIR", help="serve this serving folder instead: RUN/model/serving")
-    parser.add_argument("--public-name", metavar="NAME", help="the model name that requests give; default student")
-    parser.add_argument("--host", help="default 127.0.0.1: this machine alone")
-    parser.add_argument("--port", help="default 8080; 0 picks a free one")
-    parser.add_argument("--metrics-port", metavar="PORT", help="tell numbers for Prometheus there, on the same host; default: nowhere")
+    add = parser.add_argument_group("who answers").add_argument
+    add("--registry", metavar="DIR", help="serve what is promoted there, now or later: RUN/registry")
+    add("--model-dir", metavar="DIR", help="serve this serving folder instead: RUN/model/serving")
+    add("--public-name", metavar="NAME", help="the model name that requests give; default student")
+    add = parser.add_argument_group("who is shown beside it, on the page and as models of /v1/generate").add_argument
+    add("--recipe", type=Path, metavar="YAML", help="its student before it was distilled, and its teacher if that has a URL")
+    add("--base", metavar="MODEL", help="the undistilled student, a model reference or a serving folder")
+    add("--base-quantization", metavar="Q", help="of a --base that has to be converted first; default int8")
+    add("--teacher-url", metavar="URL", help="an OpenAI-compatible teacher, with its /v1")
+    add("--teacher-model", metavar="NAME", help="its name there; default teacher")
+    add("--teacher-key-file", metavar="FILE", help="a file that holds the API key it wants; or STUDENT_TEACHER_KEY")
+    add("--run", metavar="DIR", help="a run directory whose live state the page shows")
+    add = parser.add_argument_group("how it computes").add_argument
+    add("--device", help="cpu (default) or cuda")
+    add("--device-index", metavar="N,...", help="cuda: the GPUs, each with a copy of the student; default 0")
+    add("--compute-type", metavar="T", help="a compute type of CTranslate2; default: as the weights are stored, float16 on GPUs")
+    add("--threads", metavar="BxC", help="batches side by side x cores of each; default auto: measured at the start")
+    add("--max-batch", metavar="N", help="completions decoded together; default 32")
+    add = parser.add_argument_group("what one request may be").add_argument
+    add("--max-queue", metavar="N", help="requests that wait; more are answered 429 at once; default 256")
+    add("--deadline-s", metavar="S", help="for one answer, waiting included; default 60")
+    add("--max-prompt-characters", metavar="N", help="default 20000")
+    add("--max-n", metavar="N", help="completions of one request; default 16")
+    add("--max-tokens", metavar="N", help="of one completion; default 512")
+    add("--max-body-bytes", metavar="N", help="default 1048576")
+    add_key_options(parser, without="whoever is on this machine, and nobody from elsewhere")
+    add_run_options(parser, port=8080, log_level="warning")
     flags = vars(parser.parse_args(argv))
+    recipe = flags.pop("recipe", None)
 
-    from shared.http.serve import serve
     from shared.settings import load_settings
-    from student_trainer.serving.app import student_app
     from student_trainer.serving.settings import StudentServiceSettings
 
+    if recipe is not None:
+        flags = beside(recipe) | flags
     settings = load_settings(StudentServiceSettings, flags=flags)
-    return serve(student_app(settings), host=settings.host, port=settings.port, name="student", metrics_port=settings.metrics_port)
+    keys = settings.keys(open_on_loopback=True)
+    if settings.log_level != "warning":
+        from shared.http.logs import configure
+
+        configure(settings.log_level)
+
+    from shared.http.serve import serve
+    from student_trainer.serving.app import student_app
+    from student_trainer.serving.metrics import StudentMeters
+
+    if not keys.required and settings.no_auth:
+        print(f"student: --no-auth: whoever reaches {settings.host} may ask, without a key", file=sys.stderr, flush=True)
+    meters = StudentMeters()
+    return serve(
+        student_app(settings, keys=keys, meters=meters),
+        host=settings.host,
+        port=settings.port,
+        name="student",
+        metrics_port=settings.metrics_port,
+        registry=meters.registry,
+        drain_s=settings.drain_s,
+        measured=True,
+    )
+
+
+def beside(file: Path) -> dict[str, Any]:
+    """What a recipe says of who is shown beside its student. Raises SettingsError."""
+    from shared.settings import Recipe, load_settings
+
+    recipe = load_settings(Recipe, flags={}, yaml_file=file)
+    found: dict[str, Any] = {"base": recipe.student.model, "base_quantization": recipe.export.quantization}
+    if recipe.teacher.url is not None and recipe.teacher.protocol != "custom":
+        found |= {"teacher_url": recipe.teacher.url, "teacher_model": recipe.teacher.model, "teacher_key_file": recipe.teacher.api_key_file}
+        found["teacher_key"] = recipe.teacher.api_key
+    return {name: value for name, value in found.items() if value is not None}

@@ -280,7 +280,7 @@ def test_waiting_for_a_model_fills_no_log(caplog: pytest.LogCaptureFixture) -> N
 
 def test_a_model_that_is_not_there_yet_is_not_listed() -> None:
     there = False
-    app = create_app(Engine(), model="teacher", title="Teacher", listed=lambda: there)
+    app = create_app(Engine(), model="teacher", title="Teacher", models=lambda: [{"id": "teacher"}] if there else [])
 
     async def listed() -> list[Any]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://face") as client:

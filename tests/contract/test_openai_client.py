@@ -15,12 +15,12 @@ import uvicorn
 
 from shared.contracts import GenerationRequest, Message, Sampling
 from shared.engines.scripted import ScriptedEngine
+from shared.engines.upstream import UpstreamEngine
 from shared.errors import RequestRefused
 from shared.http.app import create_app
 from shared.http.client import OpenAITeacher
 from shared.settings import TaskSettings
 from student_trainer.serving.app import Student, generating_app
-from teacher_service.upstream import UpstreamEngine
 
 QUESTION = "I take ibuprofen against migraine."
 

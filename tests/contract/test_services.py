@@ -25,7 +25,8 @@ from shared.http.serve import DRAIN_S
 from shared.prompts import zero_shot
 from shared.registry import promote
 from shared.settings import TaskSettings, load_settings
-from student_trainer.serving.app import DECODING, Student, generating_app
+from student_trainer.serving.app import Student, generating_app
+from student_trainer.serving.generate import DECODING
 from student_trainer.serving.settings import StudentServiceSettings
 from teacher_service.app import engine_of
 from teacher_service.settings import TeacherServiceSettings
@@ -182,7 +183,7 @@ def test_the_student_is_served_by_its_folder_or_by_the_registry(start: Start, se
         assert line.startswith("student: listening on http://127.0.0.1:"), process.communicate()
         if "--registry" in options:
             assert process.stdout is not None
-            assert process.stdout.readline().startswith(f"student: serving version {version}")
+            assert any(line.startswith(f"student: serving version {version}") for line in process.stdout)
         answer = httpx.post(f"{url_of(line)}/generate", json={"question": "word1 word2"}, trust_env=False).json()
         assert (answer["model"], answer["version"], len(answer["answers"])) == ("student", version, 1)
         process.terminate()

@@ -12,10 +12,9 @@ import pytest
 from aiohttp import web
 
 from shared.contracts import Completion, GenerationRequest, Message, Sampling
-from shared.engines import Piece
+from shared.engines import Piece, upstream
+from shared.engines.upstream import UpstreamEngine
 from shared.errors import DistillError, RequestRefused, TeacherBusy, TeacherFailed, TeacherLate, TeacherRejected, TeacherUnavailable
-from teacher_service import upstream
-from teacher_service.upstream import UpstreamEngine
 
 PLAIN = GenerationRequest(
     prompt="prompt-of-a-caller", n=2, sampling=Sampling(max_tokens=5, temperature=0.5, top_p=0.9, stop=("x",), seed=7)

@@ -1,4 +1,6 @@
-"""Promotions at the same time, by real processes, under the eyes of a reader that never stops: one is made, the others are told."""
+"""Promotions at the same time, by real processes, under the eyes of a reader that never stops: one is made, the others are told; and
+promotions, canaries and rollbacks that are killed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from typing import Any
 from shared import registry as store
 from shared.errors import StorageError
 
-WRITERS, ROUNDS, KILLS = 3, 30, 12
+WRITERS, ROUNDS, KILLS, CANARY_KILLS = 3, 30, 12, 16
 WEIGHTS_BYTES = 2**20
 WRITER = """
 import json, sys
@@ -42,15 +44,51 @@ for number in range(int(sys.argv[4])):
         print(json.dumps({"told": str(exc), "exit": exc.exit_code}), flush=True)
 """
 
+DOING = """
+import sys
+from itertools import count
+from pathlib import Path
+from random import Random
+from shared import registry as store
+from shared.errors import PromotionRefused
+registry, work, me = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+random, rounds = Random(me), range(int(sys.argv[4])) if len(sys.argv) > 4 else count()
+if store.current(registry):
+    store.record_refusal(registry, reason="a writer comes", run=me, scores={})  # which mends what the one before has left
+print("ready", flush=True)
+for number in rounds:
+    if random.random() < 0.25:
+        try:
+            store.rollback(registry)
+        except PromotionRefused:
+            pass
+        continue
+    tried = store.canary(registry)
+    if tried and random.random() < 0.4:  # promoted itself, or tried on another share
+        name, serving = tried.promoted.name, work / tried.promoted.name
+    else:
+        name = f"{me}-{number}"
+        serving = work / name
+        serving.mkdir()
+        for file in ("serving.json", "tokenizer.json"):
+            (serving / file).write_text("{}")
+        (serving / "model.bin").write_bytes(f"{name} ".encode() * 4096)
+    share = random.uniform(0.1, 0.9) if store.current(registry) and random.random() < 0.6 else None
+    store.promote(registry, serving, name=name, task={}, scores={}, run=name, reason="better", canary=share)
+print("done", flush=True)
+"""
+
 
 class Reader(threading.Thread):
-    """Looks at what is served and verifies it, over and over, as a server does."""
+    """Looks at what is served and at the canary and verifies them, over and over, as a server does."""
 
     def __init__(self, registry: Path) -> None:
         super().__init__(daemon=True)
         self._registry, self._end = registry, threading.Event()
         self.seen: list[str] = []
         """Versions in the order in which they were served, as far as seen."""
+        self.tried: set[str] = set()
+        """Versions seen as the canary."""
         self.looks = 0
         self.error: Exception | None = None
 
@@ -65,8 +103,19 @@ class Reader(threading.Thread):
                 store.verify(self._registry, served)
                 if self.seen[-1:] != [served.version]:
                     self.seen.append(served.version)
+                self._look_at_the_canary()
         except Exception as exc:
             self.error = exc
+
+    def _look_at_the_canary(self) -> None:
+        before, tried, after = store.current(self._registry), store.canary(self._registry), store.current(self._registry)
+        if tried is None:
+            return
+        store.verify(self._registry, tried.promoted)
+        self.tried.add(tried.promoted.version)
+        if before and before == after:  # else it may have been tried beside another
+            assert tried.promoted.version != before.version, "its own canary"
+            assert tried.promoted.served_before == (*before.served_before, before.version)
 
     def end(self) -> None:
         self._end.set()
@@ -177,6 +226,58 @@ def test_a_promotion_killed_at_any_instant_leaves_a_whole_student_served_and_the
     assert served.version == version
     # a kill between the pointer and its line of history is made good by the next writer
     assert [event.version for event in store.history(registry)] == [*served.served_before, served.version]
+
+
+def as_told(events: list[store.Event]) -> tuple[list[str], str | None]:
+    """What the history says, event by event: versions in the order a rollback takes back, the last of them served, and the run of the
+    canary."""
+    stack: list[str] = []
+    tried: str | None = None
+    for event in events:
+        if event.what == "promoted":
+            stack.append(str(event.version))
+            tried = None
+        elif event.what == "canary":
+            tried = event.run
+        elif event.what == "rolled back" and tried:
+            assert event.run == tried
+            tried = None
+        elif event.what == "rolled back":
+            stack.pop()
+        assert event.version == stack[-1], event
+    return stack, tried
+
+
+def test_canaries_promotions_and_rollbacks_killed_at_any_instant_show_whole_states_alone_and_a_history_that_tells_them(
+    tmp_path: Path,
+) -> None:
+    registry, work, random = tmp_path / "registry", tmp_path / "work", Random(5)
+    work.mkdir()
+    reader = Reader(registry)
+    reader.start()
+    for number in range(CANARY_KILLS + 1):
+        last = ["3"] if number == CANARY_KILLS else []
+        command = [sys.executable, "-c", DOING, str(registry), str(work), f"w{number}", *last]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            if last:
+                assert process.stdout.readline() == "done\n"
+                continue
+            # the one that has come has mended everything before it says so
+            time.sleep(random.uniform(0, 0.15))
+            process.kill()
+    reader.end()
+    nothing_is_half_done(registry)
+    events = store.history(registry)
+    stack, run = as_told(events)
+    served, tried = store.current(registry), store.canary(registry)
+    assert served is not None
+    assert [*served.served_before, served.version] == stack
+    assert (tried.promoted.run if tried else None) == run
+    assert {event.what for event in events} == {"promoted", "canary", "rolled back", "refused"}
+    assert reader.tried
+    assert reader.looks > CANARY_KILLS
 
 
 def test_a_command_that_meets_a_promotion_under_way_ends_with_10_and_says_who_is_at_work_and_what_to_do(tmp_path: Path) -> None:

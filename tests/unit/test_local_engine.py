@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ctranslate2
 import pytest
@@ -15,10 +17,13 @@ from tiny_servable import WORDS, servable_llama, servable_t5
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from shared.contracts import Completion, GenerationRequest, Message, Sampling
+from shared.engines.batching import LocalEngine
 from shared.engines.convert import convert
-from shared.engines.local import LocalEngine, LocalModel
-from shared.errors import EngineError, RequestRefused, TeacherUnavailable
+from shared.engines.layout import layouts, measured
+from shared.engines.local import Device, Heed, Layout, LocalModel, Prompt
+from shared.errors import EngineError, RequestRefused, TeacherBusy, TeacherLate, TeacherUnavailable
 
+T = TypeVar("T")
 PROMPTS = [
     " ".join(WORDS[start : start + length]) for start, length in [(0, 3), (9, 5), (20, 1), (30, 12), (2, 40), (50, 5), (7, 7), (40, 9)]
 ]
@@ -164,25 +169,30 @@ def test_a_corrupt_folder_is_refused_with_a_remedy(folders: dict[str, tuple[Path
 
 
 class SlowModel:
-    """Stands for a LocalModel: answers with the prompt, `open` lets a batch go, keeps the size of every batch."""
+    """Stands for a LocalModel: answers with the prompt's first word, `open` lets a batch go, keeps the words of every batch."""
 
     def __init__(self) -> None:
         self.open, self.batches, self.fails, self.workers = threading.Semaphore(0), [], False, 1
         self.spread = 16
+        self.words: list[str] = []
 
-    def encode(self, request: GenerationRequest) -> Any:
+    def encode(self, request: GenerationRequest) -> Prompt:
         if request.prompt == "too long":
             raise RequestRefused("too long")
-        from shared.engines.local import _Prompt
+        return Prompt((request.prompt or "").split() or [""], request.n, request.sampling)
 
-        return _Prompt((request.prompt or "").split() or [""], request.n, request.sampling)
-
-    def complete(self, prompts: list[Any]) -> list[list[Completion]]:
+    def decode(self, prompts: list[Prompt], heed: Heed) -> None:
         self.open.acquire()
         self.batches.append(sorted(p.tokens[0] for p in prompts))
         if self.fails:
             raise EngineError("broken")
-        return [[Completion(text=p.tokens[0], finish_reason="stop")] * p.n for p in prompts]
+        for row, prompt in enumerate(prompts):
+            self.words.append(prompt.tokens[0])
+            for sample in range(prompt.samples):
+                heed(row, sample, len(self.words) - 1, True)
+
+    def completion(self, ids: list[int], stop: tuple[str, ...]) -> Completion:
+        return Completion(text=self.words[ids[0]], finish_reason="stop")
 
 
 def ask(text: str, **values: Any) -> GenerationRequest:
@@ -272,7 +282,8 @@ def test_a_full_queue_asks_to_come_again() -> None:
         tasks += await started(engine, ask("b"), ask("c"))
         with pytest.raises(TeacherUnavailable, match="try again") as refused:
             await engine.generate(ask("d"))
-        assert refused.value.retry_after_s == 1.0
+        assert refused.value.retry_after_s is not None
+        assert 1 <= refused.value.retry_after_s <= 30
         for task in tasks:
             task.cancel()
 
@@ -328,3 +339,247 @@ def test_many_tasks_are_answered_by_a_real_model_each_with_its_own_text(loaded: 
             await engine.aclose()
 
     assert asyncio.run(run()) == expected * 4
+
+
+def engine_over(model: LocalModel, steps: Callable[[LocalEngine], Awaitable[T]], **options: Any) -> T:
+    """What `steps(engine)` gives, on an engine over a real model."""
+
+    async def run() -> T:
+        engine = LocalEngine(model, **options)
+        try:
+            return await asyncio.wait_for(steps(engine), 60)
+        finally:
+            await engine.aclose()
+
+    return asyncio.run(run())
+
+
+async def heard(engine: LocalEngine, request: GenerationRequest) -> tuple[list[list[str]], list[Completion]]:
+    """The pieces of each choice of a stream, and the completions that they make."""
+    said: list[list[str]] = [[] for _ in range(request.n)]
+    reasons: list[Any] = [None] * request.n
+    async for choice, text, reason in engine.stream(request):
+        assert reasons[choice] is None
+        said[choice].append(text)
+        reasons[choice] = reason
+    return said, [Completion(text="".join(s), finish_reason=r) for s, r in zip(said, reasons, strict=True)]
+
+
+VARIED = [
+    {"max_tokens": 12},
+    {"max_tokens": 3},
+    {"max_tokens": 40, "stop": ("\n",)},
+    {"max_tokens": 40, "stop": ("word1",)},
+    {"max_tokens": 1},
+    {"max_tokens": 30, "stop": ("next3", "end5\nn", "zzz")},
+    {"max_tokens": 60, "stop": ("word2 word",)},
+]
+"""Bounds and stop texts that single requests have, of one batch."""
+
+
+def test_each_request_of_a_batch_has_its_own_bound_and_its_own_stop_texts(model: LocalModel) -> None:
+    requests = [GenerationRequest(prompt=p, sampling=Sampling(**v)) for p in PROMPTS for v in VARIED]
+    expected = model.generate(requests)
+
+    async def steps(engine: LocalEngine) -> list[list[Completion]]:
+        return list(await asyncio.gather(*(engine.generate(r) for r in requests)))
+
+    assert engine_over(model, steps) == expected
+
+
+def test_the_pieces_of_a_stream_are_together_what_is_answered_whole(model: LocalModel) -> None:
+    requests = [GenerationRequest(prompt=p, sampling=Sampling(**v)) for p in PROMPTS for v in VARIED]
+    expected = model.generate(requests)
+
+    async def steps(engine: LocalEngine) -> list[tuple[list[list[str]], list[Completion]]]:
+        return list(await asyncio.gather(*(heard(engine, r) for r in requests)))
+
+    found = engine_over(model, steps)
+    assert [completions for _, completions in found] == expected
+    assert sum(len(pieces) for said, _ in found for pieces in said) > 2 * len(requests)
+
+
+def test_greedy_samples_of_a_stream_are_all_the_same_and_drawn_ones_are_not(model: LocalModel) -> None:
+    async def steps(engine: LocalEngine) -> list[list[Completion]]:
+        sampled = {"max_tokens": 20, "temperature": 1.5}
+        found = await asyncio.gather(
+            *(heard(engine, GenerationRequest(prompt=PROMPTS[0], n=3, sampling=Sampling(**v))) for v in ({"max_tokens": 20}, sampled))
+        )
+        return [completions for _, completions in found]
+
+    greedy, drawn = engine_over(model, steps)
+    assert greedy == model.generate([GenerationRequest(prompt=PROMPTS[0], n=3, sampling=Sampling(max_tokens=20))])[0]
+    assert len({c.text for c in drawn}) > 1
+
+
+def test_the_smallest_temperature_and_top_p_draw_the_likeliest_tokens(model: LocalModel) -> None:
+    greedy = [c[0].text for c in model.generate(asks())]
+
+    async def steps(engine: LocalEngine) -> list[str]:
+        return [
+            (await engine.generate(r))[0].text for v in ({"temperature": 5e-324}, {"temperature": 1.0, "top_p": 5e-324}) for r in asks(**v)
+        ]
+
+    assert engine_over(model, steps) == greedy * 2
+
+
+def test_a_beam_finds_what_ctranslate2_finds_and_ends_at_the_stop_text(model: LocalModel) -> None:
+    sampling = Sampling(max_tokens=12, stop=("\n",))
+    requests = [GenerationRequest(prompt=p, beam_size=4, sampling=sampling) for p in PROMPTS if len(p.split()) == 5]
+
+    async def steps(engine: LocalEngine) -> list[Completion]:
+        return [(await engine.generate(r))[0] for r in requests]
+
+    for request, found in zip(requests, engine_over(model, steps), strict=True):
+        tokens, options = [model.encode(request).tokens], {"beam_size": 4, "end_token": [model._eos, *model._ids_holding(("\n",))]}
+        if model.config.kind == "encoder-decoder":
+            (beam,) = model._shared.translate_batch(
+                tokens, max_decoding_length=12, min_decoding_length=0, return_end_token=True, max_input_length=0, **options
+            )
+            ids = model._ids(beam)[0]
+        else:
+            (beam,) = model._shared.generate_batch(tokens, max_length=12, include_prompt_in_result=False, return_end_token=True, **options)
+            ids = beam.sequences_ids[0]
+        assert found == model.completion(ids, ("\n",))
+
+
+def test_prompts_that_share_a_prefix_are_answered_as_without_it_and_others_too(folders: dict[str, tuple[Path, Path]]) -> None:
+    plain, keeping = (LocalModel(folders["decoder-only"][1], threads=1) for _ in range(2))
+    prefix = "word9 word8 word7 word6 word5 "
+    requests = [GenerationRequest(prompt=prefix + p, sampling=Sampling(max_tokens=12)) for p in PROMPTS] + asks()
+    assert keeping.keep_prefix(requests[: len(PROMPTS)]) == 4  # the last of the five may be another token before other text
+    known = [keeping.encode(r).known for r in requests]
+    assert known == [4] * len(PROMPTS) + [0] * len(PROMPTS)
+
+    async def steps(engine: LocalEngine) -> list[list[Completion]]:
+        return list(await asyncio.gather(*(engine.generate(r) for r in requests * 3)))
+
+    assert engine_over(keeping, steps) == plain.generate(requests) * 3
+    assert keeping.generate(requests) == plain.generate(requests)
+
+
+def test_an_encoder_keeps_no_prefix(loaded: dict[str, LocalModel]) -> None:
+    assert loaded["encoder-decoder"].keep_prefix(asks()) == 0
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one_of_its_batch(loaded: dict[str, LocalModel]) -> None:
+    class Slower(LocalModel):
+        """Takes its time for every token."""
+
+        def decode(self, prompts: Any, heed: Heed) -> None:
+            def slowly(*told: Any) -> bool:
+                time.sleep(0.01)
+                return heed(*told)
+
+            super().decode(prompts, slowly)
+
+    model = loaded["encoder-decoder"]
+    model.__class__ = Slower
+    long, short = (GenerationRequest(prompt=PROMPTS[3], sampling=Sampling(max_tokens=n, temperature=1.0)) for n in (64, 2))
+
+    async def steps(engine: LocalEngine) -> list[float]:
+        began = time.monotonic()
+
+        async def took(request: GenerationRequest) -> float:
+            await engine.generate(request)
+            return time.monotonic() - began
+
+        await engine.generate(short)  # the next two wait and share a batch
+        first = asyncio.create_task(engine.generate(long))
+        await asyncio.sleep(0.05)
+        times = await asyncio.gather(took(long), took(short))
+        await first
+        return list(times)
+
+    try:
+        slow, quick = engine_over(model, steps)
+    finally:
+        model.__class__ = LocalModel
+    assert quick < slow - 0.2
+
+
+def test_who_leaves_in_the_middle_of_a_batch_ends_its_own_work_and_no_one_elses(loaded: dict[str, LocalModel]) -> None:
+    decoded: list[int] = []
+
+    class Counting(LocalModel):
+        def decode(self, prompts: Any, heed: Heed) -> None:
+            def counted(row: int, *told: Any) -> bool:
+                decoded.append(row)
+                time.sleep(0.005)
+                return heed(row, *told)
+
+            super().decode(prompts, counted)
+
+    model = loaded["encoder-decoder"]
+    model.__class__ = Counting
+    request = GenerationRequest(prompt=PROMPTS[3], sampling=Sampling(max_tokens=400, temperature=1.0))
+
+    async def steps(engine: LocalEngine) -> None:
+        stream = engine.stream(request)
+        async for _ in stream:
+            break
+        await stream.aclose()
+        told = len(decoded)
+        await asyncio.sleep(0.3)
+        assert len(decoded) <= told + 3
+
+    try:
+        engine_over(model, steps)
+    finally:
+        model.__class__ = LocalModel
+
+
+def test_what_does_not_begin_in_time_is_to_come_again_and_what_does_not_end_in_time_is_late() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        (first,), (second,) = await started(engine, ask("a")), await started(engine, ask("b"))
+        with pytest.raises(TeacherLate, match=r"within 0\.1 s"):
+            await first
+        with pytest.raises(TeacherBusy, match="not begun") as refused:
+            await second
+        assert refused.value.retry_after_s
+        model.open.release()
+        assert engine.waiting == 0
+
+    assert scenario(steps, deadline_s=0.1).batches == [["a"]]
+
+
+def test_idle_workers_share_what_waits() -> None:
+    class Two(SlowModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.workers = 2
+
+    async def run() -> list[list[str]]:
+        model = Two()
+        engine = LocalEngine(model)  # type: ignore[arg-type]
+        first = await started(engine, ask("a"), ask("b"))  # both workers have one
+        rest = await started(engine, *[ask(c) for c in "cdefgh"])
+        for _ in range(2):
+            model.open.release()
+        await asyncio.gather(*first)
+        for _ in range(8):
+            model.open.release()
+        await asyncio.gather(*rest)
+        await engine.aclose()
+        return model.batches
+
+    batches = asyncio.run(asyncio.wait_for(run(), 20))
+    assert sorted(word for batch in batches for word in batch) == list("abcdefgh")
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, ["1x1"]), (2, ["2x1", "1x2"]), (6, ["6x1", "3x2", "2x3", "1x6"])])
+def test_layouts_share_all_cores(cores: int, expected: list[str]) -> None:
+    assert [str(layout) for layout in layouts(cores)] == expected
+
+
+def test_the_layout_is_the_one_that_was_fastest(folders: dict[str, tuple[Path, Path]], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.engines.layout.available_cores", lambda: 2)
+    model, speeds = measured(folders[kind][1])
+    assert model.layout == max(speeds, key=lambda layout: speeds[layout])
+    assert Layout(2, 1) in speeds
+    assert model.workers == model.layout.workers
+
+
+def test_a_gpu_that_is_not_there_is_told_with_the_options_to_look_at(folders: dict[str, tuple[Path, Path]]) -> None:
+    with pytest.raises(EngineError, match="--device"):
+        LocalModel(folders["decoder-only"][1], device=Device("cuda", (7,)))

@@ -188,7 +188,8 @@ def test_a_registry_outside_the_runs_is_told_without_a_run_and_its_history_is_co
     found = scrape(RunMetrics(tmp_path / "none", registry=registry))
     assert found["distill_promoted_info"] == {("", back_to.version, "trial"): 1}
     assert found["distill_promoted_score"] == {("", "bleu"): 0.5}
-    assert found["distill_registry_events_total"] == {("", "promoted"): 2, ("", "refused"): 1, ("", "rolled back"): 1}
+    events = {("", "promoted"): 2, ("", "canary"): 0, ("", "refused"): 1, ("", "rolled back"): 1}
+    assert found["distill_registry_events_total"] == events
 
 
 @pytest.mark.parametrize(

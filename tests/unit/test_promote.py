@@ -148,6 +148,74 @@ def test_the_commands_promote_once_say_so_the_second_time_and_roll_back(tmp_path
     assert store.current(tmp_path / "registry").run == str(first.path.resolve())
 
 
+def test_a_canary_is_tried_then_promoted_by_the_command_that_says_what_to_do_next(tmp_path, capsys):
+    first, second = evaluated_run(tmp_path / "a"), evaluated_run(tmp_path / "b", weights="b")
+    registry = tmp_path / "registry"
+    served = promote(first, registry)
+    (tmp_path / "recipe.yaml").write_text(second.recipe.model_dump_json())
+    command = ["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(second.path), "--registry", str(registry)]
+    capsys.readouterr()
+    assert main([*command, "--canary", "0.1"]) == 0
+    tried = store.canary(registry)
+    assert (tried.share, tried.promoted.run) == (0.1, str(second.path.resolve()))
+    assert capsys.readouterr().out == (
+        f"canary: version {tried.promoted.version} gets 10% of the requests; `distill promote` makes it the served one, "
+        "`distill rollback` ends it\n"
+    )
+    assert store.current(registry) == served
+    kept = {"README.md", "serving", "report.html", "test.jsonl"}
+    assert kept <= {p.name for p in (registry / "versions" / tried.promoted.version).iterdir()}
+    assert main([*command, "--canary", "0.1"]) == 0
+    assert "is the canary already, nothing to do" in capsys.readouterr().out
+    assert main(command) == 0
+    assert f"promoted: version {tried.promoted.version}" in capsys.readouterr().out
+    assert (store.current(registry).version, store.canary(registry)) == (tried.promoted.version, None)
+
+
+def test_a_promotion_beside_which_another_canary_ends_says_so(tmp_path, capsys):
+    registry = tmp_path / "registry"
+    promote(evaluated_run(tmp_path / "a"), registry)
+    tried = promote(evaluated_run(tmp_path / "b", weights="b"), registry, canary=0.5)
+    promote(evaluated_run(tmp_path / "c", weights="c"), registry)
+    assert f"the canary, version {tried.version}, is over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", ["10%", "10", "1", "0", "-0.1", "nan", "", "a tenth"])
+def test_a_canary_with_a_share_that_is_none_is_refused_before_anything_is_read(tmp_path, share):
+    with pytest.raises(SettingsError, match=r"--canary .*: give the share of the requests as a number above 0 and below 1"):
+        main(["--recipe", "none.yaml", "--out", str(tmp_path / "none"), f"--canary={share}"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_student_that_is_no_better_does_not_become_the_canary_either(tmp_path):
+    registry = tmp_path / "registry"
+    promote(evaluated_run(tmp_path / "good"), registry)
+    with pytest.raises(PromotionRefused, match="points over student-zero-shot"):
+        promote(evaluated_run(tmp_path / "same", better=False), registry, canary=0.1)
+    assert store.canary(registry) is None
+    assert [event.what for event in store.history(registry)] == ["promoted", "refused"]
+
+
+def test_a_canary_in_an_empty_registry_ends_with_exit_3_and_the_remedy(tmp_path, capsys):
+    run = evaluated_run(tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(run.recipe.model_dump_json())
+    assert cli(["promote", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(run.path), "--canary", "0.1"]) == 3
+    assert "promote without --canary" in capsys.readouterr().err
+    assert not (run.path / "registry").exists()
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_evaluation_with_nothing_new_promotes_no_canary_and_none_that_was_rolled_back(tmp_path, ended):
+    registry = tmp_path / "registry"
+    served, run = promote(evaluated_run(tmp_path / "first"), registry), evaluated_run(tmp_path / "second", weights="b")
+    promote(run, registry, canary=0.1)
+    if ended:
+        store.rollback(registry)
+    assert evaluate_and_promote(run, "--registry", str(registry)) == 0
+    assert store.current(registry) == served
+    assert (store.canary(registry) is None) == ended
+
+
 def evaluate_and_promote(run, *more):
     recipe = run.path.with_suffix(".yaml")
     recipe.write_text(run.recipe.model_dump_json())

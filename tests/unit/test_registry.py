@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -158,8 +159,9 @@ def test_a_writer_that_was_killed_keeps_nobody_out_and_is_not_named_later(regist
 
 
 def test_half_written_files_of_a_killed_promotion_are_removed_by_the_next(registry, tmp_path):
-    promote(registry, folder(tmp_path, "a"))
-    (registry / ".current.json.host.1.tmp").write_text('{"version"')
+    version = promote(registry, folder(tmp_path, "a")).version
+    for place, name in ((registry, "current"), (registry / "versions" / version, "promoted")):
+        (place / f".{name}.json.host.1.tmp").write_text('{"version"')
     promote(registry, folder(tmp_path, "b"))
     assert not list(registry.rglob("*.tmp"))
 
@@ -204,6 +206,23 @@ def test_a_damaged_version_is_an_error_in_its_place_and_the_others_are_told(regi
         store.find(registry, a.version)
 
 
+@pytest.mark.parametrize("damage", ["{", '{"share": 0.1}', "a share of 1"])
+def test_a_damaged_canary_is_told_with_the_remedy_which_leaves_what_is_served_and_is_written_down(registry, tmp_path, damage):
+    served = promote(registry, folder(tmp_path, "a"))
+    promote(registry, folder(tmp_path, "b"), canary=0.1)
+    file = registry / "canary.json"
+    file.write_text(file.read_text().replace("0.1", "1.0") if damage == "a share of 1" else damage)
+    for way in (lambda: store.canary(registry), lambda: promote(registry, folder(tmp_path, "c")), lambda: store.rollback(registry)):
+        with pytest.raises(DataError, match=r"canary\.json: .*; remove this file and set the canary again .* what is served stays served"):
+            way()
+    assert store.current(registry) == served
+    file.unlink()
+    c = promote(registry, folder(tmp_path, "c"), canary=0.2)
+    assert events(registry) == [(what, served.version) for what in ("promoted", "canary", "rolled back", "canary")]
+    assert "or canary.json was removed" in store.history(registry)[2].reason
+    assert store.canary(registry).promoted == c
+
+
 def test_a_damaged_pointer_is_told_not_taken_for_an_empty_registry(registry, tmp_path):
     promote(registry, folder(tmp_path, "a"))
     (registry / "current.json").write_text('{"version": "x"}')
@@ -224,6 +243,7 @@ def ways(registry, tmp_path):
     """Everything that reads or writes a registry."""
     return {
         "current": lambda: store.current(registry),
+        "canary": lambda: store.canary(registry),
         "history": lambda: store.history(registry),
         "promote": lambda: promote(registry, folder(tmp_path, "a")),
         "rollback": lambda: store.rollback(registry),
@@ -278,6 +298,29 @@ def test_a_rollback_stands_for_the_run_it_was_about_until_the_next_promotion(reg
     assert not stays("b")
 
 
+@pytest.mark.parametrize("end", ["rolled back", "still tried", "replaced"])
+def test_a_canary_of_a_run_stands_like_a_rollback_until_the_next_promotion(registry, tmp_path, capsys, end):
+    def stays(run: str) -> bool:
+        return store.stays_rolled_back(registry, Path(run))
+
+    def of(run: str) -> dict[str, str]:
+        return {"run": str(Path(run).resolve())}
+
+    promote(registry, folder(tmp_path, "a"), **of("a"))
+    promote(registry, folder(tmp_path, "b"), canary=0.1, **of("b"))
+    if end == "rolled back":
+        store.rollback(registry)
+    elif end == "replaced":
+        promote(registry, folder(tmp_path, "d"), canary=0.1, **of("d"))
+    assert stays("b")
+    said = "since it was rolled back" if end == "rolled back" else "since a canary is tried"
+    assert said in capsys.readouterr().out
+    assert stays("a")  # promoting what is served anew would end the canary that somebody asked for
+    assert not stays("c")
+    promote(registry, folder(tmp_path, "c"), **of("c"))
+    assert not stays("b")
+
+
 def test_a_fresh_volume_may_become_a_registry(registry, tmp_path):
     (registry / "lost+found").mkdir(parents=True)
     assert store.current(registry) is None
@@ -291,14 +334,19 @@ from shared import registry as store
 target, moment = Path(sys.argv[1]), sys.argv[2]
 if moment == "copying":
     store.shutil.copytree = lambda source, to: (to.mkdir(), (to / "model.bin").write_text("half"), os._exit(9))
+elif moment == "ending the canary":
+    store._end_canary = lambda registry: os._exit(9)
 else:
     store.Ledger.append = lambda self, row: os._exit(9)
-store.promote(target, Path(sys.argv[3]), name="demo", task={}, scores={}, run="r", reason="better")
+if sys.argv[3] == "rollback":
+    store.rollback(target)
+canary = float(sys.argv[4]) if len(sys.argv) > 4 else None
+store.promote(target, Path(sys.argv[3]), name="demo", task={}, scores={}, run="r", reason="better", canary=canary)
 """
 
 
-def killed(moment, registry, serving):
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(registry), moment, str(serving)]
+def killed(moment, registry, *what):
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(registry), moment, *map(str, what)]
     assert subprocess.run(command, check=False).returncode == 9
 
 
@@ -318,6 +366,189 @@ def test_a_promotion_killed_before_its_line_of_history_gets_the_line_from_the_ne
     assert served.version != before.version
     assert store.rollback(registry).version == before.version
     assert events(registry) == [("promoted", before.version), ("promoted", served.version), ("rolled back", before.version)]
+
+
+def test_the_served_version_promoted_anew_and_killed_before_its_line_of_history_was_promoted_not_rolled_back(registry, tmp_path):
+    serving = folder(tmp_path, "a")
+    a = promote(registry, serving, task={})
+    killed("telling", registry, serving)  # other scores
+    assert store.current(registry).scores == {}
+    store.record_refusal(registry, reason="r", run="r", scores={})
+    assert events(registry) == [("promoted", a.version), ("promoted", a.version), ("refused", a.version)]
+
+
+def tried_beside(registry, tmp_path):
+    """A registry with a canary: what is served, and the canary."""
+    return promote(registry, folder(tmp_path, "a")), promote(registry, folder(tmp_path, "b"), canary=0.1)
+
+
+def refuse(registry):
+    """The least that a writer can do."""
+    store.record_refusal(registry, reason="r", run="r", scores={})
+
+
+def test_a_canary_is_a_whole_version_that_is_tried_while_what_is_served_stays_served(registry, tmp_path):
+    served, tried = tried_beside(registry, tmp_path)
+    assert store.current(registry) == served
+    assert store.canary(registry) == store.Canary(promoted=tried, share=0.1)
+    store.verify(registry, tried)
+    assert set(store.versions(registry)) == {served.version, tried.version}
+    last = store.history(registry)[-1]
+    assert (last.what, last.version, last.at, last.run) == ("canary", served.version, tried.promoted_at, "runs/demo")
+    assert last.reason == f"version {tried.version} gets 10% of the requests: better"
+    assert store.find(registry, "canary") == store.find(registry, tried.version) == tried
+
+
+def test_without_a_canary_there_is_none_to_find(registry, tmp_path):
+    promote(registry, folder(tmp_path, "a"))
+    assert store.canary(registry) is None
+    with pytest.raises(DataError, match="there is no canary; `distill promote --canary"):
+        store.find(registry, "canary")
+
+
+def test_a_registry_that_never_had_a_canary_holds_nothing_that_the_version_before_could_not_read(registry, tmp_path):
+    for weights in "ab":
+        promote(registry, folder(tmp_path, weights))
+    store.rollback(registry)
+    assert {path.name for path in registry.iterdir()} == {"format.json", "versions", "current.json", "history.jsonl", ".writer"}
+    keys = [set(json.loads(line)) for line in (registry / "history.jsonl").read_text().splitlines()]
+    assert keys == [{"at", "what", "version", "reason", "run", "scores"}] * 3
+    assert (registry / "format.json").read_text() == '{\n  "format": 1\n}\n'
+
+
+def test_a_canary_where_nothing_is_served_is_refused_with_the_remedy_and_makes_no_registry(registry, tmp_path):
+    with pytest.raises(PromotionRefused, match=r"nothing is served yet .* promote without --canary"):
+        promote(registry, folder(tmp_path, "a"), canary=0.1)
+    assert not registry.exists()
+
+
+def test_the_served_version_is_refused_as_a_canary_and_the_canary_there_is_stays(registry, tmp_path):
+    served, tried = tried_beside(registry, tmp_path)
+    with pytest.raises(PromotionRefused, match=f"version {served.version} is served already.* nothing to try"):
+        promote(registry, folder(tmp_path, "a"), canary=0.5)
+    assert store.canary(registry).promoted == tried
+    assert len(events(registry)) == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 10.0, float("nan")])
+def test_a_share_that_is_none_is_refused_before_anything_is_copied(registry, tmp_path, share):
+    served = promote(registry, folder(tmp_path, "a"))
+    with pytest.raises(ValueError, match="no share between 0 and 1"):
+        promote(registry, folder(tmp_path, "b"), canary=share)
+    assert set(store.versions(registry)) == {served.version}
+
+
+def test_a_second_canary_takes_the_place_of_the_first_and_the_same_once_more_is_nothing_to_do(registry, tmp_path):
+    served, first = tried_beside(registry, tmp_path)
+    assert promote(registry, folder(tmp_path, "b"), canary=0.1) == first
+    wider = promote(registry, folder(tmp_path, "b"), canary=0.5)
+    assert (wider.version, store.canary(registry).share) == (first.version, 0.5)
+    other = promote(registry, folder(tmp_path, "c"), canary=0.5)
+    assert store.canary(registry) == store.Canary(promoted=other, share=0.5)
+    assert events(registry) == [("promoted", served.version)] + [("canary", served.version)] * 3
+    assert store.current(registry) == served
+
+
+@pytest.mark.parametrize("weights", ["a", "b", "c"])
+def test_a_promotion_ends_the_canary_be_it_of_the_canary_of_another_or_of_what_is_served(registry, tmp_path, weights):
+    served, tried = tried_beside(registry, tmp_path)
+    promoted = promote(registry, folder(tmp_path, weights))
+    assert store.current(registry) == promoted
+    assert (promoted.version == tried.version, promoted.version == served.version) == (weights == "b", weights == "a")
+    assert promoted.served_before == (() if weights == "a" else (served.version,))
+    assert store.canary(registry) is None
+    assert not (registry / "canary.json").exists()
+    assert events(registry) == [("promoted", served.version), ("canary", served.version), ("promoted", promoted.version)]
+
+
+def test_the_first_rollback_ends_the_canary_and_nothing_else_the_next_goes_back(registry, tmp_path):
+    first = promote(registry, folder(tmp_path, "first"))
+    served = promote(registry, folder(tmp_path, "a"), run="runs/a")
+    tried = promote(registry, folder(tmp_path, "b"), run="runs/b", canary=0.1)
+    assert store.rollback(registry, reason="it repeats itself") == served == store.current(registry)
+    assert store.canary(registry) is None
+    last = store.history(registry)[-1]
+    assert (last.what, last.version, last.run) == ("rolled back", served.version, "runs/b")
+    assert last.reason == f"canary {tried.version}: it repeats itself"
+    assert store.rollback(registry).version == first.version
+    assert store.history(registry)[-1].reason == f"from {served.version}: asked for"
+
+
+def test_a_canary_beside_the_first_version_can_be_rolled_back_and_then_nothing_else(registry, tmp_path):
+    served, _ = tried_beside(registry, tmp_path)
+    assert store.rollback(registry) == served
+    with pytest.raises(PromotionRefused, match="nothing was served before"):
+        store.rollback(registry)
+
+
+def test_a_canary_that_is_promoted_after_another_promotion_has_that_one_behind_it(registry, tmp_path):
+    served, tried = tried_beside(registry, tmp_path)
+    between = promote(registry, folder(tmp_path, "c"))
+    assert promote(registry, folder(tmp_path, "b")).served_before == (served.version, between.version)
+    assert store.current(registry).version == tried.version
+
+
+@pytest.mark.parametrize("weights", ["b", "c"])
+def test_a_promotion_killed_before_the_canary_is_removed_has_ended_it_for_readers_and_the_next_writer_removes_it(
+    registry, tmp_path, weights
+):
+    served, tried = tried_beside(registry, tmp_path)
+    serving = folder(tmp_path, weights)
+    if weights == "b":  # the version that is tried, and no other with its weights
+        tried = promote(registry, serving, task={}, canary=0.1)
+    killed("ending the canary", registry, serving)
+    now = store.current(registry)
+    assert (now.version == tried.version) == (weights == "b")
+    assert (registry / "canary.json").exists()
+    assert store.canary(registry) is None
+    refuse(registry)
+    assert not (registry / "canary.json").exists()
+    assert events(registry)[-2:] == [("promoted", now.version), ("refused", now.version)]
+    assert store.rollback(registry).version == served.version
+
+
+def test_what_is_served_promoted_anew_and_killed_before_the_canary_is_removed_leaves_that_to_the_next_writer(registry, tmp_path):
+    serving = folder(tmp_path, "a")
+    promote(registry, serving, task={})
+    tried = promote(registry, folder(tmp_path, "b"), canary=0.1)
+    killed("ending the canary", registry, serving)  # other scores
+    assert store.canary(registry).promoted == tried  # beside the same version as before: as if it had not been promoted yet
+    refuse(registry)
+    assert store.canary(registry) is None
+    assert [what for what, _ in events(registry)] == ["promoted", "canary", "promoted", "refused"]
+
+
+def test_a_canary_killed_while_it_is_copied_leaves_the_one_before(registry, tmp_path):
+    _, tried = tried_beside(registry, tmp_path)
+    killed("copying", registry, folder(tmp_path, "c"), 0.3)
+    assert store.canary(registry) == store.Canary(promoted=tried, share=0.1)
+    again = promote(registry, folder(tmp_path, "c"), canary=0.3)
+    assert store.canary(registry).promoted == again
+    store.verify(registry, again)
+
+
+def test_a_canary_killed_before_its_line_of_history_gets_the_line_from_the_next_writer(registry, tmp_path):
+    served = promote(registry, folder(tmp_path, "a"))
+    killed("telling", registry, folder(tmp_path, "b"), 0.25)
+    tried = store.canary(registry)
+    assert tried.share == 0.25
+    refuse(registry)
+    told = store.history(registry)[1]
+    assert (told.what, told.version, told.at, told.run) == ("canary", served.version, tried.promoted.promoted_at, "r")
+    assert told.reason.startswith(f"version {tried.promoted.version} gets 25% of the requests: written down late")
+    assert store.canary(registry) == tried
+
+
+def test_a_canary_rolled_back_and_killed_before_the_line_of_history_is_over_and_told_once_by_the_next_writer(registry, tmp_path):
+    served = promote(registry, folder(tmp_path, "a"))
+    promote(registry, folder(tmp_path, "b"), run=str(tmp_path / "b"), canary=0.1)
+    killed("telling", registry, "rollback")
+    assert store.canary(registry) is None
+    for _ in range(2):
+        refuse(registry)
+    assert events(registry) == [(what, served.version) for what in ("promoted", "canary", "rolled back", "refused", "refused")]
+    assert store.history(registry)[2].run == str(tmp_path / "b")
+    assert store.stays_rolled_back(registry, tmp_path / "b")
 
 
 def test_a_torn_last_line_of_history_is_not_read(registry, tmp_path):

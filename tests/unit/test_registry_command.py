@@ -84,6 +84,44 @@ def test_a_list_shows_the_newest_first_and_which_is_served_and_what_a_rollback_w
     assert last.endswith(f": from {versions[2]}: asked for")
 
 
+def test_a_list_shows_the_canary_with_its_share_and_later_that_it_was_tried(registry: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = promote(registry, "a"), promote(registry, "b", canary=0.125)
+    assert asked(registry, "list") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert {line.split()[0]: line.split()[6:-1] for line in shown[1:3]} == {a.version: ["served"], b.version: ["canary", "12.5%"]}
+    assert shown[3].endswith(f": version {b.version} gets 12.5% of the requests: b is better")
+    assert asked(registry, "list", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["served"], told["canary"]) == (a.version, {"version": b.version, "share": 0.125})
+    assert {row["version"]: row["state"] for row in told["versions"]} == {a.version: "served", b.version: "canary"}
+    store.rollback(registry)
+    assert asked(registry, "list", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["canary"] is None
+    assert {row["version"]: row["state"] for row in told["versions"]} == {a.version: "served", b.version: "tried"}
+
+
+def test_a_version_that_was_served_before_may_be_the_canary_and_is_compared_by_that_word(
+    registry: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promote(registry, "a")
+    b = promote(registry, "b")
+    again = promote(registry, "a", canary=0.5)
+    assert {version: row["state"] for version, row in listed(registry, capsys).items()} == {b.version: "served", again.version: "canary"}
+    assert asked(registry, "diff", "current", "canary") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:2] == [f"A  {b.version}  demo  runs/b", f"B  {again.version}  demo  runs/a"]
+
+
+def test_a_canary_whose_folder_has_gone_is_listed_as_the_canary_and_damaged(registry: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    promote(registry, "a")
+    tried = promote(registry, "b", canary=0.1)
+    (registry / "versions" / tried.version).rename(registry / "elsewhere")
+    row = listed(registry, capsys)[tried.version]
+    assert (row["state"], row["name"], row["run"]) == ("canary", "demo", "runs/b")
+    assert "is gone" in str(row["error"])
+
+
 def test_a_list_as_json_has_every_score_and_what_was_refused_since(registry: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store.record_refusal(registry, reason="an old story", run="runs/z", scores={})
     promoted = promote(registry, "a", scores={"chrf": 0.31, "rougeL": 0.4})
@@ -148,7 +186,7 @@ def test_a_served_version_whose_folder_has_gone_is_listed_as_served_and_damaged(
     assert "is gone" in str(row["error"])
 
 
-@pytest.mark.parametrize("name", ["current.json", "history.jsonl"])
+@pytest.mark.parametrize("name", ["current.json", "canary.json", "history.jsonl"])
 def test_a_damaged_pointer_or_history_is_an_error_after_all_that_can_still_be_told(
     registry: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -164,6 +202,8 @@ def test_a_history_tells_every_event_with_what_was_served_after_it_and_why(regis
     a, b = (promote(registry, weights).version for weights in "ab")
     store.record_refusal(registry, reason="p = 0.4", run="runs/c", scores={})
     store.rollback(registry, reason="it repeats itself")
+    d = promote(registry, "d", canary=0.1).version
+    store.rollback(registry, reason="no better")
     assert asked(registry, "history") == 0
     rows = [line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()[1:]]
     assert [" ".join(row.split()) for row in rows] == [
@@ -171,6 +211,8 @@ def test_a_history_tells_every_event_with_what_was_served_after_it_and_why(regis
         f"promoted {b} runs/b b is better",
         f"refused {b} runs/c p = 0.4",
         f"rolled back {a} runs/a from {b}: it repeats itself",
+        f"canary {a} runs/d version {d} gets 10% of the requests: d is better",
+        f"rolled back {a} runs/d canary {d}: no better",
     ]
 
 

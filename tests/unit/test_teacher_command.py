@@ -9,7 +9,6 @@ import pytest
 from shared.errors import SettingsError
 from shared.http.keys import digest
 from shared.settings import load_settings
-from teacher_service.app import keys_of
 from teacher_service.main import launched_by
 from teacher_service.settings import TeacherServiceSettings
 
@@ -58,8 +57,8 @@ def settings(**flags: object) -> TeacherServiceSettings:
 def test_who_may_ask_must_be_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TEACHER_API_KEYS", raising=False)
     with pytest.raises(SettingsError, match=r"distill keygen NAME.*--no-auth"):
-        keys_of(settings())
-    assert not keys_of(settings(no_auth=True)).required
+        settings().keys()
+    assert not settings(no_auth=True).keys().required
 
 
 @pytest.mark.parametrize("text", ["", "# alice: {sha256: ...}\n"])
@@ -67,7 +66,7 @@ def test_a_keys_file_without_keys_opens_nothing_whatever_else_is_said(tmp_path: 
     (tmp_path / "keys").write_text(text)
     for no_auth in (False, True):
         with pytest.raises(SettingsError, match="no key is in them"):
-            keys_of(settings(api_keys_file=str(tmp_path / "keys"), no_auth=no_auth))
+            settings(api_keys_file=str(tmp_path / "keys"), no_auth=no_auth).keys()
 
 
 def test_keys_come_from_a_variable_and_a_file_together_and_are_asked_for_also_where_no_auth_was_typed(
@@ -76,18 +75,18 @@ def test_keys_come_from_a_variable_and_a_file_together_and_are_asked_for_also_wh
     file = tmp_path / "keys.yaml"
     file.write_text(f"bob: {{sha256: {digest('bob-key-9876543210-ghijkl').hex()}, requests_per_minute: 9}}\n")
     monkeypatch.setenv("TEACHER_API_KEYS", f"alice={KEY}")
-    keys = keys_of(settings(api_keys_file=str(file), no_auth=True, requests_per_minute=5))
+    keys = settings(api_keys_file=str(file), no_auth=True, requests_per_minute=5).keys()
     assert keys.required
     assert {key.name: key.limits.requests_per_minute for key in keys.keys} == {"bob": 9, "alice": 5}
     monkeypatch.setenv("TEACHER_API_KEYS", f"bob={KEY}")
     with pytest.raises(SettingsError, match="bob stands in the keys file as well"):
-        keys_of(settings(api_keys_file=str(file)))
+        settings(api_keys_file=str(file)).keys()
 
 
 def test_a_weak_key_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_API_KEYS", "alice=sk-1234")
     with pytest.raises(SettingsError, match="alice: too weak"):
-        keys_of(settings())
+        settings().keys()
 
 
 def test_several_servers_are_several_flags_or_one_variable_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,320 @@
+"""A model in this process for a server: requests of many askers are gathered into batches, and answered as their tokens come."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tokenizers.decoders import DecodeStream
+
+from shared.contracts import Completion, FinishReason, GenerationRequest
+from shared.engines import Piece
+from shared.engines.local import BATCH_ROWS, LocalModel, Prompt
+from shared.errors import EngineError, TeacherBusy, TeacherLate, TeacherUnavailable
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BATCH_TOKENS = 16_384
+"""Most tokens of one batch, prompts with all that may be generated: what its keys and values take in memory."""
+SHORT_TOKENS = 64
+"""Answers bounded by so many tokens share batches; longer ones with those of twice as many, of four times as many, and so on."""
+SHARE_ROWS = 8
+"""A batch takes at least so many completions, if they wait, before the rest is left to the next worker: fewer make poor use of a core."""
+RETRY_MOST_S = 30.0
+
+
+@dataclass(eq=False)
+class _Sample:
+    """One completion while it is made."""
+
+    ids: list[int] = field(default_factory=list)
+    done: bool = False
+
+
+class _Job:
+    """A request on its way through the engine. Tokens come from a thread of the model; all else belongs to the event loop."""
+
+    def __init__(self, prompt: Prompt, *, streams: bool) -> None:
+        self.prompt, self._streams = prompt, streams
+        self.samples = [_Sample() for _ in range(prompt.samples)]
+        self.begun = self.left = False
+        """Whether it is in a batch; whether nobody waits for it any more."""
+        self.error: Exception | None = None
+        self.news = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._told = False
+
+    @property
+    def done(self) -> bool:
+        return self.error is not None or all(sample.done for sample in self.samples)
+
+    def heed(self, index: int, token: int, last: bool) -> bool:
+        """Take a token of a sample, in the model's thread; returns whether the sample ends."""
+        sample = self.samples[index]
+        sample.ids.append(token)
+        sample.done = last or token in self.prompt.ends or len(sample.ids) >= self.prompt.sampling.max_tokens
+        if (self._streams or (sample.done and self.done)) and not self._told:
+            self._told = True  # one waking of the loop for all tokens that come before it has woken
+            self._loop.call_soon_threadsafe(self._tell)
+        return sample.done or self.left
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.news.set()
+
+    def _tell(self) -> None:
+        self._told = False
+        self.news.set()
+
+    async def until_done(self) -> None:
+        """Return when every sample is complete. Raises what has come in between."""
+        while not self.done:
+            await self.news.wait()
+            self.news.clear()
+        if self.error is not None:
+            raise self.error
+
+
+class LocalEngine:
+    """An `Engine`, and a streaming one, over a `LocalModel`: while batches are decoded, requests queue up; those alike go out together.
+
+    Alike are requests whose tokens are drawn alike, whose answers are bounded alike, and, for a decoder-only model, whose prompts are of
+    like length: within LENGTH_SPREAD tokens. The oldest request is in the next batch, and with it those that suit it best. Each is
+    answered when its own last token has come, not when the batch has ended; one whose asker has gone ends there and then.
+
+    Seeds are not looked at (see `LocalModel.generate`). Belongs to the event loop that first asks it.
+    """
+
+    def __init__(
+        self,
+        model: LocalModel,
+        *,
+        max_batch: int = BATCH_ROWS,
+        max_waiting: int = 512,
+        deadline_s: float | None = None,
+        told: Callable[[int], None] = lambda rows: None,
+    ) -> None:
+        """`max_batch`: completions of one batch; `max_waiting`: requests in the queue, above it TeacherBusy.
+
+        `deadline_s`: seconds for one answer, or for all of a streamed one. A request that still waits then gets TeacherBusy, one that is
+        being answered TeacherLate. `told` hears how many requests each batch has.
+        """
+        self._told = told
+        self._model, self._max_batch, self._max_waiting, self._deadline_s = model, max_batch, max_waiting, deadline_s
+        self._queue: list[_Job] = []
+        self._arrived = asyncio.Event()
+        self._workers: list[asyncio.Task[None]] = []
+        self._idle = 0
+        self._closed = False
+        self._pace = 0.0
+        """Requests that end in a second, of late."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return sum(not job.left for job in self._queue)
+
+    async def generate(self, request: GenerationRequest) -> list[Completion]:
+        """`request.n` completions.
+
+        Raises RequestRefused, TeacherBusy when the queue is full or too slow, TeacherLate, EngineError.
+        """
+        job = self._enqueue(request, streams=False)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await job.until_done()
+        except TimeoutError:
+            raise self._late(job) from None
+        finally:
+            job.left = True
+        completions = [self._model.completion(sample.ids, request.sampling.stop) for sample in job.samples]
+        return completions * request.n if request.sampling.temperature == 0 else completions
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
+        """The pieces of `request.n` completions as they are decoded; together they are what `generate` gives. Raises as it does."""
+        job = self._enqueue(request, streams=True)
+        texts = [_Text(self._model, request.sampling.stop) for _ in job.samples]
+        choices = range(request.n) if request.sampling.temperature == 0 else None  # of greedy ones there is one text for all
+        open_ = set(range(len(texts)))
+        try:
+            until = None if self._deadline_s is None else asyncio.get_running_loop().time() + self._deadline_s
+            while open_:
+                try:
+                    async with asyncio.timeout_at(until):
+                        await job.news.wait()
+                except TimeoutError:
+                    raise self._late(job) from None
+                job.news.clear()
+                if job.error is not None:
+                    raise job.error
+                for index in sorted(open_):
+                    done = job.samples[index].done  # looked at before its tokens: none comes after
+                    said, reason = texts[index].add(job.samples[index].ids, done)
+                    if reason:
+                        open_.discard(index)
+                    if said or reason:
+                        for choice in choices or (index,):
+                            yield Piece(choice, said, reason)
+        finally:
+            job.left = True
+
+    async def check(self) -> None:
+        if self._closed:
+            raise TeacherUnavailable("shutting down")
+
+    async def aclose(self) -> None:
+        """Finish the batches that are being decoded, refuse those that wait."""
+        self._closed = True
+        self._arrived.set()
+        await asyncio.gather(*self._workers)
+        for job in self._queue:
+            job.fail(TeacherUnavailable("shutting down"))
+
+    def _enqueue(self, request: GenerationRequest, *, streams: bool) -> _Job:
+        if self._closed:
+            raise TeacherUnavailable("shutting down")
+        prompt = self._model.encode(request)
+        if len(self._queue) >= self._max_waiting and self.waiting >= self._max_waiting:
+            later = len(self._queue) / self._pace if self._pace else 1.0
+            raise TeacherBusy("too many requests are waiting; try again", retry_after_s=min(RETRY_MOST_S, max(1.0, later)))
+        if not self._workers:
+            self._workers = [asyncio.create_task(self._work()) for _ in range(self._model.workers)]
+        job = _Job(prompt, streams=streams)
+        self._queue.append(job)
+        self._arrived.set()
+        return job
+
+    def _late(self, job: _Job) -> TeacherUnavailable:
+        if job.begun:
+            return TeacherLate(f"no whole answer within {self._deadline_s:g} s")
+        return TeacherBusy(f"not begun within {self._deadline_s:g} s; try again", retry_after_s=min(RETRY_MOST_S, self._deadline_s or 1.0))
+
+    async def _work(self) -> None:
+        while not self._closed:
+            batch = self._next_batch()
+            if not batch:
+                self._arrived.clear()
+                self._idle += 1
+                try:
+                    await self._arrived.wait()
+                finally:
+                    self._idle -= 1
+                continue
+            for job in batch:
+                job.begun = True
+            self._told(len(batch))
+            began = time.monotonic()
+            error: Exception = EngineError("the model ended without an answer")
+            try:
+                await asyncio.to_thread(self._decode, batch)
+            except Exception as exc:  # whatever it was, those who wait must hear of it and the next batch must go out
+                error = exc
+            for job in batch:
+                if not job.done:
+                    job.fail(error)
+            pace = self._model.workers * len(batch) / max(time.monotonic() - began, 1e-3)
+            self._pace = 0.8 * self._pace + 0.2 * pace if self._pace else pace
+
+    def _decode(self, batch: Sequence[_Job]) -> None:
+        self._model.decode([job.prompt for job in batch], lambda row, sample, token, last: batch[row].heed(sample, token, last))
+
+    def _next_batch(self) -> list[_Job]:
+        """The oldest request and those that share its batch best; requests whose asker has gone are dropped."""
+        self._queue = [job for job in self._queue if not job.left]
+        if not self._queue:
+            return []
+        oldest = self._queue[0]
+        kind = _kind(oldest.prompt)
+        alike = [job for job in self._queue if _kind(job.prompt) == kind]
+        batch = _window(alike, oldest, self._rows(len(alike), oldest.prompt.samples), self._model.spread)
+        taken = set(batch)
+        self._queue = [job for job in self._queue if job not in taken]
+        return batch
+
+    def _rows(self, alike: int, samples: int) -> int:
+        """Requests of the next batch, of so many that are alike: a fair share for each worker that has nothing to do."""
+        most = max(1, self._max_batch // samples)
+        if self._idle:
+            return min(most, -(-alike // (self._idle + 1)))
+        return min(most, max(SHARE_ROWS, -(-alike // self._model.workers)))
+
+
+def _kind(prompt: Prompt) -> tuple[float, float, int, int, int, int]:
+    """What requests of one batch have in common. Stop texts and the exact bound of an answer are each request's own."""
+    sampling = prompt.sampling
+    bound = ((sampling.max_tokens - 1) // SHORT_TOKENS).bit_length()
+    return sampling.temperature, sampling.top_p, prompt.samples, prompt.beam_size, prompt.known, bound
+
+
+def _window(jobs: list[_Job], oldest: _Job, rows: int, spread: int | None) -> list[_Job]:
+    """At most `rows` of the jobs, the oldest of them among them, of lengths next to each other: as many as there may be.
+
+    `spread`: most tokens by which their lengths may differ; None: any. A prompt of one token is never beside longer ones where that
+    matters (see `_batches` in local.py).
+    """
+    jobs = sorted(jobs, key=lambda job: job.prompt.length)
+    place, best = jobs.index(oldest), (0, 0, 0)
+    for first in range(max(0, place - rows + 1), place + 1):
+        shortest = jobs[first].prompt.length
+        if spread is not None and (oldest.prompt.length - shortest > spread or shortest == 1 < oldest.prompt.length):
+            continue
+        end, tokens = first, 0
+        while end < len(jobs) and end - first < rows:
+            prompt = jobs[end].prompt
+            far = spread is not None and (prompt.length - shortest > spread or shortest == 1 < prompt.length)
+            most = prompt.samples * prompt.sampling.max_tokens + len(prompt.tokens)
+            if far or (end > place and tokens + most > BATCH_TOKENS):
+                break
+            tokens, end = tokens + most, end + 1
+        if end > place:
+            best = max(best, (end - first, first, end), key=lambda found: (found[0], -_width(jobs, found)))
+    return jobs[best[1] : best[2]]
+
+
+def _width(jobs: list[_Job], found: tuple[int, int, int]) -> float:
+    rows, first, end = found
+    return jobs[end - 1].prompt.length - jobs[first].prompt.length if rows else math.inf
+
+
+class _Text:
+    """The text of a completion as its tokens come, held back where it may turn out to be part of a stop text."""
+
+    def __init__(self, model: LocalModel, stop: tuple[str, ...]) -> None:
+        self._model, self._stop = model, stop
+        self._tokenizer: Tokenizer = model.tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._read = 0
+        self._text = ""
+        self._told = 0
+
+    def add(self, ids: list[int], done: bool) -> tuple[str, FinishReason | None]:
+        """What is new since it was called last, and, of a completion that is `done`, why it ended. `ids`: all so far."""
+        if done:
+            whole = self._model.completion(ids, self._stop)
+            return whole.text[self._told :], whole.finish_reason
+        end = len(ids)
+        for token in ids[self._read : end]:
+            if not self._model.ends(token):
+                self._text += self._decoder.step(self._tokenizer, token) or ""
+        self._read = end
+        text = self._text.lstrip()
+        said = text[self._told : self._safe(text)]
+        self._told += len(said)
+        return said, None
+
+    def _safe(self, text: str) -> int:
+        """How much of the text is not, and will not be, part of a stop text."""
+        ends = [len(text)]
+        for stop in self._stop:
+            if (at := text.find(stop)) >= 0:
+                ends.append(at)
+            else:
+                ends.append(
+                    next((len(text) - n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), len(text))
+                )
+        return min(ends)
