@@ -25,7 +25,7 @@ from shared.errors import INTERRUPTED, DistillError, SettingsError, TeacherUnava
 
 if TYPE_CHECKING:
     from shared.artifacts import Run
-    from shared.settings import LaunchSettings
+    from shared.settings import LaunchSettings, Recipe
 
 STAGES = {
     "harvest": "responses/teacher",
@@ -97,7 +97,17 @@ def main(argv: list[str]) -> int:
         return 0
     ask = """-H 'content-type: application/json' -d '{"question": "..."}'"""
     print(f"to ask it: curl http://127.0.0.1:{arguments.port}/v1/generate {ask}", flush=True)
-    return _become("serve", ["--registry", str(out / "registry"), "--port", str(arguments.port)])
+    return _become("serve", ["--registry", str(out / "registry"), "--run", str(out), "--port", str(arguments.port), *_beside(recipe)])
+
+
+def _beside(recipe: Recipe) -> list[str]:
+    """The options of `distill serve` that show the undistilled student, and a teacher that still answers, beside the student."""
+    from student_trainer.serving.main import beside
+
+    found = beside(recipe)
+    if key := found.pop("teacher_key", None):
+        os.environ["STUDENT_TEACHER_KEY"] = key.get_secret_value()  # others can read a command line
+    return [word for name, value in found.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def _dataset_flags(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -80,6 +80,8 @@ class State(Answer):
     """Some questions of the test split."""
     report: bool = False
     """Whether GET /report has one."""
+    run: bool = False
+    """Whether GET /v1/run may have one."""
     canary: Trial | None = None
 
 
@@ -179,7 +181,7 @@ def app_over(
     @app.get("/v1/student")
     async def state(request: Request) -> State:
         app.known(request)
-        return _state(served, list(names))
+        return _state(served, list(names)).model_copy(update={"run": run is not None})
 
     @app.get("/report")
     async def report(request: Request) -> Response:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.http.options import add_key_options, add_run_options
+
+if TYPE_CHECKING:
+    from shared.settings import Recipe
 
 EPILOG = "Every option can be given as a variable: --registry is STUDENT_REGISTRY. Keys: STUDENT_API_KEYS=NAME=KEY,..., or in a file."
 
@@ -44,11 +47,11 @@ def main(argv: list[str]) -> int:
     flags = vars(parser.parse_args(argv))
     recipe = flags.pop("recipe", None)
 
-    from shared.settings import load_settings
+    from shared.settings import Recipe, load_settings
     from student_trainer.serving.settings import StudentServiceSettings
 
     if recipe is not None:
-        flags = beside(recipe) | flags
+        flags = beside(load_settings(Recipe, flags={}, yaml_file=recipe)) | flags
     settings = load_settings(StudentServiceSettings, flags=flags)
     keys = settings.keys(open_on_loopback=True)
     if settings.log_level != "warning":
@@ -75,13 +78,11 @@ def main(argv: list[str]) -> int:
     )
 
 
-def beside(file: Path) -> dict[str, Any]:
-    """What a recipe says of who is shown beside its student. Raises SettingsError."""
-    from shared.settings import Recipe, load_settings
-
-    recipe = load_settings(Recipe, flags={}, yaml_file=file)
+def beside(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of who is shown beside its student, as settings of the server."""
     found: dict[str, Any] = {"base": recipe.student.model, "base_quantization": recipe.export.quantization}
-    if recipe.teacher.url is not None and recipe.teacher.protocol != "custom":
-        found |= {"teacher_url": recipe.teacher.url, "teacher_model": recipe.teacher.model, "teacher_key_file": recipe.teacher.api_key_file}
-        found["teacher_key"] = recipe.teacher.api_key
+    teacher = recipe.teacher
+    if teacher.url is not None and teacher.protocol != "custom":
+        found |= {"teacher_url": teacher.url, "teacher_model": teacher.model}
+        found |= {"teacher_key": teacher.api_key, "teacher_key_file": teacher.api_key_file}
     return {name: value for name, value in found.items() if value is not None}

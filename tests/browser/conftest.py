@@ -1,4 +1,7 @@
-"""A real Chromium, and the reports it opens: that of REPORT_HTML, or two of its own. REPORT_SHOTS=DIR keeps screenshots."""
+"""A real Chromium and what it opens: the report of REPORT_HTML, or two of its own, and a student's page.
+
+REPORT_SHOTS=DIR keeps screenshots.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 from reports import report_and_answers
+from scripted_student import ScriptedStudent, serving
 
 from evaluator.report.page import page as report_page
 
@@ -67,23 +71,37 @@ def report_file(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def opened(browser, report_file) -> Iterator[Callable[..., Opened]]:
-    """opened(file=the report, width=1280, ...) -> Opened; what else is named goes to the browser's context."""
+def visited(browser) -> Iterator[Callable[..., Opened]]:
+    """visited(url, width=1280, ...) -> Opened; what else is named goes to the browser's context."""
     contexts = []
 
-    def open_it(file: Path = report_file, *, width: int = 1280, **context) -> Opened:
+    def visit(url: str, *, width: int = 1280, before: Callable[[Page], object] = lambda page: None, **context) -> Opened:
         contexts.append(browser.new_context(viewport={"width": width, "height": 900}, **context))
         found = Opened(contexts[-1].new_page())
         found.page.on("console", lambda message: found.messages.append(message.text))
         found.page.on("pageerror", lambda error: found.messages.append(str(error)))
         found.page.on("request", lambda request: found.requests.append(request.url))
         found.page.on("dialog", lambda dialog: (found.dialogs.append(dialog.message), dialog.dismiss()))
-        found.page.goto(file.as_uri())
+        before(found.page)
+        found.page.goto(url)
         return found
 
-    yield open_it
+    yield visit
     for context in contexts:
         context.close()
+
+
+@pytest.fixture
+def opened(visited, report_file) -> Callable[..., Opened]:
+    """opened(file=the report, width=1280, ...) -> Opened."""
+    return lambda file=report_file, **how: visited(file.as_uri(), **how)
+
+
+@pytest.fixture
+def student() -> Iterator[ScriptedStudent]:
+    scripted = ScriptedStudent()
+    with serving(scripted.app()) as scripted.url:
+        yield scripted
 
 
 @pytest.fixture(scope="session")

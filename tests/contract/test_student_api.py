@@ -27,7 +27,7 @@ from shared.http.face import Bounds
 from shared.http.keys import KeyEntry, Keys, digest
 from shared.prompts import zero_shot
 from shared.registry import promote
-from shared.settings import TaskSettings, load_settings
+from shared.settings import Recipe, TaskSettings, load_settings
 from student_trainer.serving.app import app_over, student_app
 from student_trainer.serving.follow import Loaded, Served, Student
 from student_trainer.serving.load import Loader, worded
@@ -384,7 +384,7 @@ def test_a_base_is_loaded_when_it_is_asked_and_answers_as_its_kind_reads(
 def test_a_recipe_names_who_is_shown_beside_its_student(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILL_TEACHER__URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("DISTILL_TEACHER__MODEL", "big")
-    flags = beside(Path("recipes/offline-demo.yaml"))
+    flags = beside(load_settings(Recipe, flags={}, yaml_file=Path("recipes/offline-demo.yaml")))
     settings = load_settings(StudentServiceSettings, flags={**flags, "model_dir": "x"})
     assert (settings.base, settings.base_quantization) == ("embedded:smollm2-135m", "int8")
     assert (settings.teacher_url, settings.teacher_model) == ("http://127.0.0.1:9/v1", "big")

@@ -44,6 +44,7 @@ NOTHING = {
     "models": ["student"],
     "samples": [],
     "report": False,
+    "run": False,
     "canary": None,
 }
 """What GET /v1/student tells where there is nothing to tell."""
