@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,14 @@ from shared.errors import EngineError, TeacherBusy, TeacherLate, TeacherUnavaila
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BATCH_TOKENS = 16_384
-"""Most tokens of one batch, prompts with all that may be generated: what its keys and values take in memory."""
+BATCH_TOKENS = {"decoder-only": 4096, "encoder-decoder": 16_384}
+"""Tokens that are read in one batch: memory. A decoder-only model makes logits of every one, 0.2 MB each with 50,000 words."""
+KEPT = 6
+"""Tokens that are kept while answers are decoded take about this much less memory than those that are being read."""
+GATHER_S = 0.003
+"""Seconds without a new request after which those that were answered together are not going to ask together again."""
 SHORT_TOKENS = 64
 """Answers bounded by so many tokens share batches; longer ones with those of twice as many, of four times as many, and so on."""
-SHARE_ROWS = 8
-"""A batch takes at least so many completions, if they wait, before the rest is left to the next worker: fewer make poor use of a core."""
 RETRY_MOST_S = 30.0
 
 
@@ -95,21 +96,25 @@ class LocalEngine:
         model: LocalModel,
         *,
         max_batch: int = BATCH_ROWS,
+        batch_tokens: int | None = None,
         max_waiting: int = 512,
         deadline_s: float | None = None,
         told: Callable[[int], None] = lambda rows: None,
     ) -> None:
-        """`max_batch`: completions of one batch; `max_waiting`: requests in the queue, above it TeacherBusy.
+        """`max_batch`, `batch_tokens`: completions and tokens of one batch, where a longer prompt is read alone; `max_waiting`: requests in
+        the queue, above it TeacherBusy.
 
         `deadline_s`: seconds for one answer, or for all of a streamed one. A request that still waits then gets TeacherBusy, one that is
         being answered TeacherLate. `told` hears how many requests each batch has.
         """
         self._told = told
+        self._batch_tokens = batch_tokens or BATCH_TOKENS[model.config.kind]
         self._model, self._max_batch, self._max_waiting, self._deadline_s = model, max_batch, max_waiting, deadline_s
         self._queue: list[_Job] = []
         self._arrived = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
-        self._idle = 0
+        self._running = 0
+        """Requests that are being decoded."""
         self._closed = False
         self._pace = 0.0
         """Requests that end in a second, of late."""
@@ -199,26 +204,32 @@ class LocalEngine:
             batch = self._next_batch()
             if not batch:
                 self._arrived.clear()
-                self._idle += 1
-                try:
-                    await self._arrived.wait()
-                finally:
-                    self._idle -= 1
+                await self._arrived.wait()
                 continue
             for job in batch:
                 job.begun = True
             self._told(len(batch))
+            self._running += len(batch)
             began = time.monotonic()
             error: Exception = EngineError("the model ended without an answer")
             try:
                 await asyncio.to_thread(self._decode, batch)
             except Exception as exc:  # whatever it was, those who wait must hear of it and the next batch must go out
                 error = exc
+            self._running -= len(batch)
             for job in batch:
                 if not job.done:
                     job.fail(error)
+            await self._gather(len(batch))
             pace = self._model.workers * len(batch) / max(time.monotonic() - began, 1e-3)
             self._pace = 0.8 * self._pace + 0.2 * pace if self._pace else pace
+
+    async def _gather(self, rows: int) -> None:
+        """Give those who were answered together the time to ask together again: a batch of the first of them would be a small one."""
+        seen = -1
+        while rows > 1 and seen < len(self._queue) < rows and not self._closed:
+            seen = len(self._queue)
+            await asyncio.sleep(GATHER_S)
 
     def _decode(self, batch: Sequence[_Job]) -> None:
         self._model.decode([job.prompt for job in batch], lambda row, sample, token, last: batch[row].heed(sample, token, last))
@@ -231,17 +242,14 @@ class LocalEngine:
         oldest = self._queue[0]
         kind = _kind(oldest.prompt)
         alike = [job for job in self._queue if _kind(job.prompt) == kind]
-        batch = _window(alike, oldest, self._rows(len(alike), oldest.prompt.samples), self._model.spread)
+        batch = _window(alike, oldest, self._rows(len(alike), oldest.prompt.samples), self._model.spread, self._batch_tokens)
         taken = set(batch)
         self._queue = [job for job in self._queue if job not in taken]
         return batch
 
     def _rows(self, alike: int, samples: int) -> int:
-        """Requests of the next batch, of so many that are alike: a fair share for each worker that has nothing to do."""
-        most = max(1, self._max_batch // samples)
-        if self._idle:
-            return min(most, -(-alike // (self._idle + 1)))
-        return min(most, max(SHARE_ROWS, -(-alike // self._model.workers)))
+        """Requests of the next batch, of so many that are alike: this worker's share of all that are here."""
+        return min(max(1, self._max_batch // samples), -(-(alike + self._running) // self._model.workers))
 
 
 def _kind(prompt: Prompt) -> tuple[float, float, int, int, int, int]:
@@ -251,34 +259,36 @@ def _kind(prompt: Prompt) -> tuple[float, float, int, int, int, int]:
     return sampling.temperature, sampling.top_p, prompt.samples, prompt.beam_size, prompt.known, bound
 
 
-def _window(jobs: list[_Job], oldest: _Job, rows: int, spread: int | None) -> list[_Job]:
+def _window(jobs: list[_Job], oldest: _Job, rows: int, spread: int | None, tokens: int) -> list[_Job]:
     """At most `rows` of the jobs, the oldest of them among them, of lengths next to each other: as many as there may be.
 
-    `spread`: most tokens by which their lengths may differ; None: any. A prompt of one token is never beside longer ones where that
-    matters (see `_batches` in local.py).
+    `spread`: most tokens by which their lengths may differ; None: any. `tokens`: most of a batch (see `_weight`). A prompt of one token is
+    never beside longer ones where lengths matter (see `_batches` in local.py).
     """
     jobs = sorted(jobs, key=lambda job: job.prompt.length)
-    place, best = jobs.index(oldest), (0, 0, 0)
+    place, best = jobs.index(oldest), (0, 0)
     for first in range(max(0, place - rows + 1), place + 1):
-        shortest = jobs[first].prompt.length
-        if spread is not None and (oldest.prompt.length - shortest > spread or shortest == 1 < oldest.prompt.length):
-            continue
-        end, tokens = first, 0
+        end = first
         while end < len(jobs) and end - first < rows:
-            prompt = jobs[end].prompt
-            far = spread is not None and (prompt.length - shortest > spread or shortest == 1 < prompt.length)
-            most = prompt.samples * prompt.sampling.max_tokens + len(prompt.tokens)
-            if far or (end > place and tokens + most > BATCH_TOKENS):
+            longest, shortest = jobs[end].prompt.length, jobs[first].prompt.length
+            if spread is not None and (longest - shortest > spread or shortest == 1 < longest):
                 break
-            tokens, end = tokens + most, end + 1
-        if end > place:
-            best = max(best, (end - first, first, end), key=lambda found: (found[0], -_width(jobs, found)))
-    return jobs[best[1] : best[2]]
+            if end > first and (end - first + 1) * _weight(jobs[end].prompt) > tokens:  # all are as long as the longest, there
+                break
+            end += 1
+        if end > place and (end - first, _width(jobs, *best)) > (best[1] - best[0], _width(jobs, first, end)):
+            best = first, end
+    return jobs[best[0] : best[1]]
 
 
-def _width(jobs: list[_Job], found: tuple[int, int, int]) -> float:
-    rows, first, end = found
-    return jobs[end - 1].prompt.length - jobs[first].prompt.length if rows else math.inf
+def _weight(prompt: Prompt) -> float:
+    """What a request takes of a batch's tokens."""
+    return prompt.length + prompt.samples * (len(prompt.tokens) + prompt.sampling.max_tokens) / KEPT
+
+
+def _width(jobs: list[_Job], first: int, end: int) -> int:
+    """Tokens by which the lengths of some jobs next to each other differ."""
+    return jobs[end - 1].prompt.length - jobs[first].prompt.length if end > first else 0
 
 
 class _Text:

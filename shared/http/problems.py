@@ -116,7 +116,7 @@ def problem(exc: DistillError, request_id: str = "-") -> JSONResponse:
         case NotReady():
             return error_answer(503, str(exc), headers=_retry_after(exc))
         case TeacherBusy():
-            log.warning("busy: %s", exc, extra=about)
+            log.info("busy: %s", exc, extra=about)
             later = _retry_after(exc) or {"retry-after": "1"}  # a 429 always says when
             return error_answer(429, "the model takes no more requests now; try again", code="rate_limit_exceeded", headers=later)
         case TeacherLate():

@@ -191,6 +191,7 @@ class Follower:
         self._failed: dict[str, tuple[Promoted, float]] = {}
         """What could not be served or tried, by which of the two, and when to try again."""
         self._logged: str | None = None
+        self._canary_logged: str | None = None
 
     async def look(self) -> None:
         """Serve what is promoted now, unless it is served already, and try the canary.
@@ -232,8 +233,11 @@ class Follower:
         self._changed(self._served)
         await retiring
 
-    async def _try(self, found: Canary | None) -> None:
+    async def _try(self, found: Canary | DataError | None) -> None:
         tried = self._served.tried
+        if isinstance(found, DataError):  # whoever is tried goes on being tried
+            self._warn("what is to be tried cannot be told", found)
+            return
         if found is None:
             if tried is not None:
                 print(f"student: version {tried.student.version} is tried no more", flush=True)
@@ -268,7 +272,7 @@ class Follower:
             if what == "served":
                 self._refuse(f"promoted version {found.version} cannot be served", exc)
             else:
-                log.warning("student: canary %s cannot be tried: %s: %s", found.version, type(exc).__name__, exc)
+                self._warn(f"canary {found.version} cannot be tried", exc)
             return None
         self._failed.pop(what, None)
         return loaded
@@ -291,6 +295,13 @@ class Follower:
                 log.exception("student: an error while following %s, which goes on", self._registry)
             await asyncio.sleep(LOOK_S)
 
+    def _warn(self, what: str, exc: Exception) -> None:
+        """One line in the log while it stays the same."""
+        said = f"student: {what}: {type(exc).__name__}: {exc}"
+        if said != self._canary_logged:
+            log.warning("%s", said)
+        self._canary_logged = said
+
     def _refuse(self, reason: str, exc: Exception) -> None:
         self._say(f"{reason}; the log tells why", f"{reason}: {type(exc).__name__}: {exc}")
 
@@ -303,14 +314,13 @@ class Follower:
         self._logged = logged
 
 
-def _look_at(registry: Path) -> tuple[Promoted | str, Canary | None]:
+def _look_at(registry: Path) -> tuple[Promoted | str, Canary | DataError | None]:
     """What is promoted, or that nothing is, and what is tried beside it. Raises as `current` does."""
     if promoted := current(registry):
         try:
             return promoted, canary(registry)
         except DataError as exc:  # a damaged canary keeps nobody from being served
-            log.warning("student: the canary cannot be told: %s", exc)
-            return promoted, None
+            return promoted, exc
     events = history(registry)
     refused = f" (the last one was refused: {events[-1].reason})" if events and events[-1].what == "refused" else ""
     return f"no student is promoted yet{refused}", None

@@ -144,6 +144,8 @@ class Generate(Route[GenerateBody]):
 
     def asked(self, body: GenerateBody, chosen: Chosen, bounds: Bounds) -> Asked:
         assert isinstance(chosen, Answering)
+        if len(body.question) > bounds.max_queue:  # they could never wait together
+            raise Refused(422, "field", f"question: at most {bounds.max_queue} at once here", param="question")
         sampling = DECODING.model_copy(
             update={
                 "max_tokens": body.max_tokens or min(DECODING.max_tokens, bounds.max_tokens),

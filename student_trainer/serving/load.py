@@ -11,6 +11,7 @@ from shared.engines import Piece
 from shared.engines.batching import LocalEngine
 from shared.engines.layout import measured
 from shared.engines.local import Device, Layout, LocalModel
+from shared.engines.memory import give_back_large_blocks, give_back_now
 from shared.prompts import messages, plain
 from shared.settings import TaskSettings
 from student_trainer.serving.follow import Loaded, Student
@@ -33,10 +34,13 @@ class Loader:
         """The student in memory, its task's own part of every prompt read. Raises EngineError for a folder that cannot be loaded."""
         model = self._model(student.folder)
         kind = model.config.kind
+        if kind == "decoder-only":  # the logits of every token it reads
+            give_back_large_blocks()
         probes = [worded(student.task, kind, question) for question in PROBES]
         model.keep_prefix(probes)
         for probe in probes[: model.workers] * -(-model.workers // len(probes)):
             model.decode([model.encode(probe)], lambda *_: True)
+        give_back_now()
         return Loaded(student, self._engine(model), kind, model.fits)
 
     def base(self, folder: Callable[[], Path]) -> Base:
@@ -59,8 +63,14 @@ class Loader:
 
     def _engine(self, model: LocalModel) -> LocalEngine:
         settings = self._settings
+        tokens = settings.max_batch_tokens if model.config.kind == "decoder-only" else None
         return LocalEngine(
-            model, max_batch=settings.max_batch, max_waiting=settings.max_queue, deadline_s=settings.deadline_s, told=self._meters.batch
+            model,
+            max_batch=settings.max_batch,
+            batch_tokens=tokens,
+            max_waiting=settings.max_queue,
+            deadline_s=settings.deadline_s,
+            told=self._meters.batch,
         )
 
 

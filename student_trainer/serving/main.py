@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
     add("--compute-type", metavar="T", help="a compute type of CTranslate2; default: as the weights are stored, float16 on GPUs")
     add("--threads", metavar="BxC", help="batches side by side x cores of each; default auto: measured at the start")
     add("--max-batch", metavar="N", help="completions decoded together; default 32")
+    add("--max-batch-tokens", metavar="N", help="tokens read together by a decoder-only student: memory, 0.3 MB each; default 640")
     add = parser.add_argument_group("what one request may be").add_argument
     add("--max-queue", metavar="N", help="requests that wait; more are answered 429 at once; default 256")
     add("--deadline-s", metavar="S", help="for one answer, waiting included; default 60")

@@ -36,6 +36,8 @@ class StudentServiceSettings(ServerSettings):
     """cpu: BATCHESxCORES, e.g. 2x1: batches decoded side by side, and cores of each. auto: the fastest, measured with the first student."""
     max_batch: int = Field(BATCH_ROWS, ge=1, le=1024)
     """Completions of one batch."""
+    max_batch_tokens: int = Field(640, ge=1)
+    """Tokens of one batch of a decoder-only student. With 50,000 words they take 0.3 MB each, in every batch side by side."""
     max_queue: int = Field(256, ge=1)
     """Requests that wait for a batch; others are refused with 429."""
     deadline_s: float = Field(60.0, gt=0)

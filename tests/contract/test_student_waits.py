@@ -587,3 +587,114 @@ def test_the_page_is_there_before_anything_is_served_and_may_speak_with_nobody_b
 def test_the_page_puts_foreign_text_in_as_text(page: httpx.Response) -> None:
     assert "textContent" in page.text
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", page.text)
+
+
+@pytest.mark.parametrize("what", ["gone", "two pointers in one"])
+def test_a_registry_that_goes_or_says_two_things_leaves_who_is_served(
+    registry: Path, folder: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    async def run() -> None:
+        served, loader = Served(), Loader()
+        follower = Follower(registry, served, load=loader)
+        version = promoted(registry, folder, name="one")
+        await follower.look()
+        pointer = registry / "current.json"
+        content = pointer.read_bytes()
+        if what == "gone":
+            registry.rename(registry.with_name("away"))
+        else:
+            pointer.write_bytes(content * 2)
+        for _ in range(3):
+            await follower.look()
+        assert await answer(served) == version.version
+        assert served.reason is not None
+        (line,) = caplog.messages
+        assert line.endswith(f"version {version.version} stays served")
+        if what == "gone":
+            registry.with_name("away").rename(registry)
+        else:
+            pointer.write_bytes(content)
+        await follower.look()
+        assert (served.reason, loader.loads) == (None, 1)
+
+    asyncio.run(run())
+
+
+def tried(registry: Path, folder: Path, *, name: str, share: float = 0.25) -> Promoted:
+    task = TaskSettings(shots=0).model_dump()
+    return promote(registry, folder, name=name, task=task, scores={"rougeL": 0.6}, run="r", reason="a test", canary=share)
+
+
+def test_a_canary_gets_its_share_and_is_not_loaded_again_when_it_is_promoted(registry: Path, folder: Path) -> None:
+    async def run() -> None:
+        served, loader, changes = Served(), Loader(), []
+        follower = Follower(
+            registry,
+            served,
+            load=loader,
+            changed=lambda s: changes.append((s.loaded and s.loaded.student.name, s.tried and s.tried.student.name)),
+        )
+        old = promoted(registry, folder, name="old")
+        await follower.look()
+        new = tried(registry, folder, name="new")
+        await follower.look()
+        answers = [await answer(served) for _ in range(40)]
+        assert (answers.count(old.version), answers.count(new.version)) == (30, 10)
+        tried(registry, folder, name="new", share=0.5)
+        await follower.look()
+        assert [await answer(served) for _ in range(40)].count(new.version) == 20
+        promoted(registry, folder, name="new")
+        await follower.look()
+        assert {await answer(served) for _ in range(10)} == {new.version}
+        assert (loader.loads, loader.engines["old"].closed, loader.engines["new"].closed) == (2, True, False)
+        rollback(registry)
+        await follower.look()
+        assert {await answer(served) for _ in range(10)} == {old.version}
+        assert changes == [("old", None), ("old", "new"), ("old", "new"), ("new", None), ("old", None)]
+
+    asyncio.run(run())
+
+
+def test_a_canary_that_is_withdrawn_finishes_what_it_has_begun(registry: Path, folder: Path) -> None:
+    async def run() -> None:
+        served, loader = Served(), Loader(opened=False)
+        follower = Follower(registry, served, load=loader)
+        promoted(registry, folder, name="old")
+        await follower.look()
+        new = tried(registry, folder, name="new", share=0.99)
+        await follower.look()
+        asked = [asyncio.create_task(answer(served)) for _ in range(2)]
+        await asyncio.sleep(0)
+        rollback(registry)
+        looking = asyncio.create_task(follower.look())
+        await until(lambda: served.tried is None)
+        loader.engines["new"].open.set()
+        loader.engines["old"].open.set()
+        await looking
+        assert new.version in [await task for task in asked]
+        assert loader.engines["new"].closed
+        assert not loader.engines["old"].closed
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["not loadable", "damaged pointer"])
+def test_a_canary_that_cannot_be_tried_changes_nothing_and_has_one_line_in_the_log(
+    registry: Path, folder: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    async def run() -> None:
+        served = Served()
+        follower = Follower(registry, served, load=Loader(bad=("bad",)), retry_s=0)
+        version = promoted(registry, folder, name="good")
+        await follower.look()
+        tried(registry, folder, name="bad")
+        if how == "damaged pointer":
+            (registry / "canary.json").write_text("{")
+        for _ in range(3):
+            await follower.look()
+        assert {await answer(served) for _ in range(10)} == {version.version}
+        assert served.reason is None
+        (line,) = caplog.messages
+        assert ("canary.json" if how == "damaged pointer" else "no such layer") in line
+
+    asyncio.run(run())

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import ctranslate2
@@ -173,7 +174,7 @@ class SlowModel:
 
     def __init__(self) -> None:
         self.open, self.batches, self.fails, self.workers = threading.Semaphore(0), [], False, 1
-        self.spread = 16
+        self.spread, self.config = 16, SimpleNamespace(kind="decoder-only")
         self.words: list[str] = []
 
     def encode(self, request: GenerationRequest) -> Prompt:
@@ -262,6 +263,18 @@ def test_a_batch_holds_no_more_completions_than_allowed() -> None:
         await asyncio.gather(*first, *rest)
 
     assert scenario(steps, max_batch=2).batches == [["a"], ["b", "c"], ["d", "e"], ["f"]]
+
+
+def test_a_batch_reads_no_more_tokens_than_allowed_but_for_a_prompt_that_is_longer_alone() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        first = await started(engine, ask("a"))
+        rest = await started(engine, *[ask(f"{c} " * 30, max_tokens=6) for c in "bcd"], ask("long " * 300))
+        for _ in range(5):
+            model.open.release()
+        await asyncio.gather(*first, *rest)
+
+    # each of b, c and d weighs 30 + (30 + 6) / 6 = 36
+    assert scenario(steps, batch_tokens=72).batches == [["a"], ["b", "c"], ["d"], ["long"]]
 
 
 def test_a_request_whose_asker_has_gone_is_not_decoded() -> None:
