@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,10 +15,12 @@ from tokenizers.decoders import DecodeStream
 from shared.contracts import Completion, FinishReason, GenerationRequest
 from shared.engines import Piece
 from shared.engines.local import BATCH_ROWS, LocalModel, Prompt
-from shared.errors import EngineError, TeacherBusy, TeacherLate, TeacherUnavailable
+from shared.errors import EngineError, RequestRefused, TeacherBusy, TeacherLate, TeacherUnavailable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 BATCH_TOKENS = {"decoder-only": 4096, "encoder-decoder": 16_384}
 """Tokens that are read in one batch: memory. A decoder-only model makes logits of every one, 0.2 MB each with 50,000 words."""
@@ -110,6 +114,8 @@ class LocalEngine:
         self._told = told
         self._batch_tokens = batch_tokens or BATCH_TOKENS[model.config.kind]
         self._model, self._max_batch, self._max_waiting, self._deadline_s = model, max_batch, max_waiting, deadline_s
+        # a pool of its own: what else runs in threads of this process is not to keep batches waiting
+        self._threads = ThreadPoolExecutor(model.workers, thread_name_prefix="decode")
         self._queue: list[_Job] = []
         self._arrived = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
@@ -122,27 +128,27 @@ class LocalEngine:
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return sum(not job.left for job in self._queue)
+        return len(self._queue)
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """`request.n` completions.
 
         Raises RequestRefused, TeacherBusy when the queue is full or too slow, TeacherLate, EngineError.
         """
-        job = self._enqueue(request, streams=False)
+        job = await self._enqueue(request, streams=False)
         try:
             async with asyncio.timeout(self._deadline_s):
                 await job.until_done()
         except TimeoutError:
             raise self._late(job) from None
         finally:
-            job.left = True
+            self._leave(job)
         completions = [self._model.completion(sample.ids, request.sampling.stop) for sample in job.samples]
         return completions * request.n if request.sampling.temperature == 0 else completions
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """The pieces of `request.n` completions as they are decoded; together they are what `generate` gives. Raises as it does."""
-        job = self._enqueue(request, streams=True)
+        job = await self._enqueue(request, streams=True)
         texts = [_Text(self._model, request.sampling.stop) for _ in job.samples]
         choices = range(request.n) if request.sampling.temperature == 0 else None  # of greedy ones there is one text for all
         open_ = set(range(len(texts)))
@@ -166,7 +172,7 @@ class LocalEngine:
                         for choice in choices or (index,):
                             yield Piece(choice, said, reason)
         finally:
-            job.left = True
+            self._leave(job)
 
     async def check(self) -> None:
         if self._closed:
@@ -179,20 +185,37 @@ class LocalEngine:
         await asyncio.gather(*self._workers)
         for job in self._queue:
             job.fail(TeacherUnavailable("shutting down"))
+        self._threads.shutdown(wait=False)
 
-    def _enqueue(self, request: GenerationRequest, *, streams: bool) -> _Job:
-        if self._closed:
-            raise TeacherUnavailable("shutting down")
-        prompt = self._model.encode(request)
-        if len(self._queue) >= self._max_waiting and self.waiting >= self._max_waiting:
-            later = len(self._queue) / self._pace if self._pace else 1.0
-            raise TeacherBusy("too many requests are waiting; try again", retry_after_s=min(RETRY_MOST_S, max(1.0, later)))
+    async def _enqueue(self, request: GenerationRequest, *, streams: bool) -> _Job:
+        self._refuse_more()
+        try:
+            # on the event loop only what takes less than to hand it over
+            prompt = self._model.encode(request) if self._model.quick(request) else await asyncio.to_thread(self._model.encode, request)
+        except EngineError as exc:  # the chat template's: the turns are the caller's
+            log.info("%s", exc)
+            raise RequestRefused("the model's chat template refuses these messages; look at their roles and order") from None
+        self._refuse_more()
         if not self._workers:
             self._workers = [asyncio.create_task(self._work()) for _ in range(self._model.workers)]
         job = _Job(prompt, streams=streams)
         self._queue.append(job)
         self._arrived.set()
         return job
+
+    def _refuse_more(self) -> None:
+        """Raises TeacherUnavailable once it closes, TeacherBusy where as many wait as may."""
+        if self._closed:
+            raise TeacherUnavailable("shutting down")
+        if len(self._queue) >= self._max_waiting:
+            later = len(self._queue) / self._pace if self._pace else 1.0
+            raise TeacherBusy("too many requests are waiting; try again", retry_after_s=min(RETRY_MOST_S, max(1.0, later)))
+
+    def _leave(self, job: _Job) -> None:
+        """Nobody waits for this one any more."""
+        job.left = True
+        if not job.begun and job in self._queue:
+            self._queue.remove(job)
 
     def _late(self, job: _Job) -> TeacherUnavailable:
         if job.begun:
@@ -213,7 +236,7 @@ class LocalEngine:
             began = time.monotonic()
             error: Exception = EngineError("the model ended without an answer")
             try:
-                await asyncio.to_thread(self._decode, batch)
+                await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, batch)
             except Exception as exc:  # whatever it was, those who wait must hear of it and the next batch must go out
                 error = exc
             self._running -= len(batch)
@@ -235,21 +258,20 @@ class LocalEngine:
         self._model.decode([job.prompt for job in batch], lambda row, sample, token, last: batch[row].heed(sample, token, last))
 
     def _next_batch(self) -> list[_Job]:
-        """The oldest request and those that share its batch best; requests whose asker has gone are dropped."""
-        self._queue = [job for job in self._queue if not job.left]
+        """The oldest request and those that share its batch best."""
         if not self._queue:
             return []
         oldest = self._queue[0]
         kind = _kind(oldest.prompt)
         alike = [job for job in self._queue if _kind(job.prompt) == kind]
-        batch = _window(alike, oldest, self._rows(len(alike), oldest.prompt.samples), self._model.spread, self._batch_tokens)
+        batch = _window(alike, oldest, self._rows(len(alike), oldest.prompt.rows), self._model.spread, self._batch_tokens)
         taken = set(batch)
         self._queue = [job for job in self._queue if job not in taken]
         return batch
 
-    def _rows(self, alike: int, samples: int) -> int:
-        """Requests of the next batch, of so many that are alike: this worker's share of all that are here."""
-        return min(max(1, self._max_batch // samples), -(-(alike + self._running) // self._model.workers))
+    def _rows(self, alike: int, each: int) -> int:
+        """Requests of the next batch, of so many that are alike and take so many rows each: this worker's share of all that are here."""
+        return min(max(1, self._max_batch // each), -(-(alike + self._running) // self._model.workers))
 
 
 def _kind(prompt: Prompt) -> tuple[float, float, int, int, int, int]:
@@ -283,7 +305,7 @@ def _window(jobs: list[_Job], oldest: _Job, rows: int, spread: int | None, token
 
 def _weight(prompt: Prompt) -> float:
     """What a request takes of a batch's tokens."""
-    return prompt.length + prompt.samples * (len(prompt.tokens) + prompt.sampling.max_tokens) / KEPT
+    return prompt.length + prompt.rows * (len(prompt.tokens) + prompt.sampling.max_tokens) / KEPT
 
 
 def _width(jobs: list[_Job], first: int, end: int) -> int:
@@ -300,7 +322,9 @@ class _Text:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._read = 0
         self._text = ""
-        self._told = 0
+        self._searched = self._told = 0
+        self._cut: int | None = None
+        """Where the first stop text begins that was found."""
 
     def add(self, ids: list[int], done: bool) -> tuple[str, FinishReason | None]:
         """What is new since it was called last, and, of a completion that is `done`, why it ended. `ids`: all so far."""
@@ -312,19 +336,22 @@ class _Text:
             if not self._model.ends(token):
                 self._text += self._decoder.step(self._tokenizer, token) or ""
         self._read = end
-        text = self._text.lstrip()
-        said = text[self._told : self._safe(text)]
+        said = self._text[: self._safe()].lstrip()[self._told :]
         self._told += len(said)
         return said, None
 
-    def _safe(self, text: str) -> int:
+    def _safe(self) -> int:
         """How much of the text is not, and will not be, part of a stop text."""
-        ends = [len(text)]
+        text = self._text
         for stop in self._stop:
-            if (at := text.find(stop)) >= 0:
-                ends.append(at)
-            else:
-                ends.append(
-                    next((len(text) - n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), len(text))
-                )
-        return min(ends)
+            if (at := text.find(stop, max(0, self._searched - len(stop)))) >= 0:
+                self._cut = at if self._cut is None else min(self._cut, at)
+        self._searched = len(text)
+        safe = len(text) if self._cut is None else self._cut
+        for stop in self._stop:
+            at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+            while at >= 0 and not stop.startswith(text[at:]):
+                at = text.find(stop[0], at + 1)
+            if at >= 0:
+                safe = min(safe, at)
+        return safe

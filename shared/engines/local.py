@@ -30,6 +30,7 @@ COMPUTE_TYPES = {
 """What is computed in, by how the weights are stored: few processors have 16-bit arithmetic that is worth its loss."""
 LEAST = 1e-4
 """Of a temperature or a top_p: below it the likeliest token is drawn all the same."""
+QUICK_CHARACTERS = 2000
 KNOWN_STOPS = 64
 """Sets of stop texts whose tokens are remembered: to find them takes milliseconds."""
 LENGTH_SPREAD = 16
@@ -78,6 +79,11 @@ class Prompt:
     def length(self) -> int:
         """Tokens to be read."""
         return len(self.tokens) - self.known
+
+    @property
+    def rows(self) -> int:
+        """What is decoded side by side for it."""
+        return self.samples * self.beam_size
 
     @property
     def samples(self) -> int:
@@ -152,6 +158,12 @@ class LocalModel:
     def _fits(self, ids: list[int], sampling: Sampling) -> bool:
         answer = 0 if self._encodes else sampling.max_tokens
         return len(ids) + answer <= self.config.max_input_tokens
+
+    def quick(self, request: GenerationRequest) -> bool:
+        """Whether to `encode` it takes no more than a millisecond or so."""
+        characters = len(request.prompt or "") + sum(len(m.content) for m in request.messages or ())
+        stop = request.sampling.stop
+        return characters <= QUICK_CHARACTERS and (not stop or stop in self._holding)
 
     def keep_prefix(self, requests: Sequence[GenerationRequest]) -> int:
         """Compute what these prompts begin with, an instruction or shots, once for all prompts that do; returns its tokens.
@@ -312,13 +324,13 @@ class LocalModel:
 
     def _ids_holding(self, stop: tuple[str, ...]) -> frozenset[int]:
         """Tokens whose text holds one of the stop texts: decoding may end there. A stop that spans tokens is cut out afterwards."""
-        if stop not in self._holding:
+        found = self._holding.get(stop)
+        if found is None:
+            found = frozenset(i for i, text in enumerate(self._texts) if any(s in text for s in stop)) if stop else frozenset()
             if len(self._holding) >= KNOWN_STOPS:
                 self._holding.clear()
-            self._holding[stop] = (
-                frozenset(i for i, text in enumerate(self._texts) if any(s in text for s in stop)) if stop else frozenset()
-            )
-        return self._holding[stop]
+            self._holding[stop] = found
+        return found
 
     @cached_property
     def _texts(self) -> list[str]:

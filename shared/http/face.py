@@ -273,11 +273,10 @@ class Face:
         if body.stream and request.scope.get("http_version") == "1.0":
             raise Refused(422, "field", "stream: HTTP/1.0 knows no answer of unknown length; use HTTP/1.1", param="stream")
         told.stream, told.n = bool(body.stream), sum(one.n for one in asked.requests)
-        told.prompt_characters = sum(
-            len(one.prompt) if one.prompt is not None else sum(len(m.content) for m in one.messages or ()) for one in asked.requests
-        )
-        if told.prompt_characters > bounds.max_prompt_characters:
-            message = f"the prompt has {told.prompt_characters} characters; at most {bounds.max_prompt_characters} are taken here"
+        told.prompt_characters = sum(map(_characters, asked.requests))
+        longest = max(_characters(one) for one in asked.requests)
+        if longest > bounds.max_prompt_characters:
+            message = f"the prompt has {longest} characters; at most {bounds.max_prompt_characters} are taken here"
             raise Refused(400, "prompt_too_long", message, param=body.asks_by, code="context_length_exceeded")
 
     async def _take(self, told: _Told) -> None:
@@ -397,6 +396,11 @@ class Face:
                 "queue_seconds": round(told.queue_s, 4),
             }
             log.info("request", extra={"fields": fields})
+
+
+def _characters(request: GenerationRequest) -> int:
+    """Of its prompt, over all turns."""
+    return len(request.prompt) if request.prompt is not None else sum(len(m.content) for m in request.messages or ())
 
 
 async def _all(engine: Engine, requests: list[GenerationRequest]) -> list[list[Completion]]:

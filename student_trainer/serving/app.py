@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from importlib import resources
@@ -29,7 +30,7 @@ from shared.registry import current
 from shared.settings import TaskSettings, read_secret
 from student_trainer.serving import live
 from student_trainer.serving.follow import Follower, Loaded, Served, Student
-from student_trainer.serving.generate import Beside, Generate, GenerateAnswer, GenerateBody, GenerateChunk
+from student_trainer.serving.generate import DEFAULT, Beside, Generate, GenerateAnswer, GenerateBody, GenerateChunk
 from student_trainer.serving.generate import Student as Answering
 from student_trainer.serving.load import Loader
 from student_trainer.serving.metrics import StudentMeters
@@ -40,6 +41,10 @@ log = logging.getLogger(__name__)
 UNPROMOTED = "unpromoted"
 """The version of a student that is served out of a plain folder."""
 BASE, TEACHER = "base", "teacher"
+RETIRE_MORE_S = 5.0
+"""Seconds beyond a request's own that a replaced student gets."""
+RUN_S = 0.5
+"""Seconds for which the state of a run is told as it was: to read it takes a thread and a few files."""
 PAGE_HEADERS = {
     # the page may speak with this server and with nobody else
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
@@ -110,7 +115,7 @@ def student_app(settings: StudentServiceSettings, *, keys: Keys | None = None, m
     assert settings.registry is not None
     with suppress(DataError, OSError):  # these may be mended while it waits
         current(settings.registry)
-    served = Served()
+    served = Served(retire_s=settings.deadline_s + RETIRE_MORE_S)
     follower = Follower(settings.registry, served, load=load, changed=meters.serves)
     return app_over(served, public_name=settings.public_name, following=follower.following, **options)
 
@@ -143,7 +148,7 @@ def app_over(
 
     @contextmanager
     def choose(name: str) -> Iterator[Chosen]:
-        if name and name not in names:
+        if name not in (*names, DEFAULT):
             raise unknown_model(name, *names)
         if name in beside and name != public_name:
             engine, chats = beside[name]
@@ -176,6 +181,8 @@ def app_over(
         described=_described(tuple(beside)),
         beside=running,
     )
+    seen: list[tuple[float, live.RunState]] = []
+    looking = asyncio.Lock()
     page = resources.files("student_trainer.serving").joinpath("page.html").read_text(encoding="utf-8")
 
     @app.get("/v1/student")
@@ -196,7 +203,10 @@ def app_over(
         app.known(request)
         try:
             if run is not None:
-                return await asyncio.to_thread(live.live, run)
+                async with looking:  # one reader for all who ask
+                    if not seen or time.monotonic() - seen[0][0] > RUN_S:
+                        seen[:] = [(time.monotonic(), await asyncio.to_thread(live.live, run))]
+                    return seen[0][1]
         except DataError as exc:
             log.info("no run: %s", exc)
         raise Refused(404, "no_run", "no run is shown here; --run DIR names one", code="no_run")

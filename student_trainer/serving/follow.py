@@ -28,6 +28,8 @@ RETRY_S = 30.0
 RETIRE_S = 60.0
 """Seconds that requests in flight get to finish on a student that has been replaced."""
 SAMPLES = 8
+MOST_RETIRING = 2
+"""Replaced students that still answer; another is loaded when one of them has ended."""
 RETRY_AFTER_S = 5.0
 """What callers are told to wait while nothing is served."""
 
@@ -145,28 +147,32 @@ class Served:
             raise NotReady(str(self.reason), retry_after_s=RETRY_AFTER_S)
         await self.loaded.engine.check()
 
-    async def replace(self, loaded: Loaded) -> None:
-        """From now on `loaded` answers; returns when the one before has finished its requests and is closed."""
-        before, self.loaded, self.reason = self.loaded, loaded, None
-        if loaded is self.tried:
-            self.tried, self.share = None, 0.0
-        await self._retire(before)
+    def seat(self, loaded: Loaded) -> list[Loaded]:
+        """From now on `loaded` answers, and no canary does: a canary is tried beside one version. Returns who is to be retired."""
+        before = [one for one in (self.loaded, self.tried) if one is not None and one is not loaded]
+        self.loaded, self.reason, self.tried, self.share = loaded, None, None, 0.0
+        return before
 
-    async def try_out(self, loaded: Loaded | None, share: float = 0.0) -> None:
-        """From now on `loaded` gets that share of the requests; returns when the canary before has finished its own and is closed."""
+    def try_out(self, loaded: Loaded | None, share: float = 0.0) -> list[Loaded]:
+        """From now on `loaded` gets that share of the requests. Returns who is to be retired."""
         before, self.tried, self.share, self._due = self.tried, loaded, share, 0.0
-        if before is not loaded:
-            await self._retire(before)
+        return [before] if before is not None and before is not loaded else []
 
-    async def _retire(self, before: Loaded | None) -> None:
-        if before is None:
-            return
-        # an engine that closes refuses the requests in its queue: they are let through first
-        if before.in_flight:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._retire_s):
-                    await before.idle.wait()
-        await before.engine.aclose()
+    async def retire(self, before: Loaded) -> None:
+        """Return when one who answers no new requests has finished its own, or has had the time to, and is closed."""
+        try:
+            # an engine that closes refuses the requests in its queue: they are let through first
+            if before.in_flight:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._retire_s):
+                        await before.idle.wait()
+        finally:
+            await before.engine.aclose()
+
+    async def replace(self, loaded: Loaded) -> None:
+        """`seat` and `retire`."""
+        for before in self.seat(loaded):
+            await self.retire(before)
 
     async def aclose(self) -> None:
         for loaded in (self.loaded, self.tried):
@@ -192,6 +198,7 @@ class Follower:
         """What could not be served or tried, by which of the two, and when to try again."""
         self._logged: str | None = None
         self._canary_logged: str | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
 
     async def look(self) -> None:
         """Serve what is promoted now, unless it is served already, and try the canary.
@@ -214,6 +221,7 @@ class Follower:
         served, tried = self._served.loaded, self._served.tried
         if served is not None and served.student.version == found.version:
             self._served.reason = self._logged = None
+            self._tell_anew(served, found)
             return
         if tried is not None and tried.student.version == found.version:  # it was tried, and is promoted now
             student = tried.student
@@ -228,10 +236,8 @@ class Follower:
             return
         print(f"student: serving {_told(loaded.student)}", flush=True)
         self._logged = None
-        retiring = asyncio.ensure_future(self._served.replace(loaded))
-        await asyncio.sleep(0)  # who is served has changed now; who was may take a while to end
+        self._retire(self._served.seat(loaded))
         self._changed(self._served)
-        await retiring
 
     async def _try(self, found: Canary | DataError | None) -> None:
         tried = self._served.tried
@@ -241,22 +247,45 @@ class Follower:
         if found is None:
             if tried is not None:
                 print(f"student: version {tried.student.version} is tried no more", flush=True)
-                await self._seat(None)
+                self._try_out(None)
             return
         if tried is not None and tried.student.version == found.promoted.version:
+            self._tell_anew(tried, found.promoted)
             if found.share != self._served.share:
                 print(f"student: trying version {tried.student.version} on {found.share:.0%} of the requests", flush=True)
-                await self._seat(tried, found.share)
+                self._try_out(tried, found.share)
             return
         if self._wanted("tried", found.promoted) and (loaded := await self._loaded("tried", found.promoted)):
             print(f"student: trying {_told(loaded.student)} on {found.share:.0%} of the requests", flush=True)
-            await self._seat(loaded, found.share)
+            self._try_out(loaded, found.share)
 
-    async def _seat(self, tried: Loaded | None, share: float = 0.0) -> None:
-        retiring = asyncio.ensure_future(self._served.try_out(tried, share))
-        await asyncio.sleep(0)
+    def _try_out(self, tried: Loaded | None, share: float = 0.0) -> None:
+        self._retire(self._served.try_out(tried, share))
         self._changed(self._served)
-        await retiring
+
+    def _tell_anew(self, loaded: Loaded, found: Promoted) -> None:
+        """Tell the scores of a version that was evaluated and promoted anew."""
+        student = replace(loaded.student, scores=found.scores, promoted_at=found.promoted_at)
+        if student != loaded.student:
+            loaded.student = student
+            self._changed(self._served)
+
+    def _retire(self, before: list[Loaded]) -> None:
+        """Let those who are replaced finish, beside all else: what the registry says next is not to wait for their slowest request."""
+        for loaded in before:
+            task = asyncio.create_task(self._served.retire(loaded))
+            self._retiring.add(task)
+            task.add_done_callback(self._retired)
+
+    def _retired(self, task: asyncio.Task[None]) -> None:
+        self._retiring.discard(task)
+        if not task.cancelled() and (exc := task.exception()):
+            log.error("student: a replaced student did not close: %s: %s", type(exc).__name__, exc)
+
+    async def settled(self) -> None:
+        """Return when all who were replaced have finished and are closed."""
+        while self._retiring:
+            await asyncio.wait(self._retiring)
 
     def _wanted(self, what: str, found: Promoted) -> bool:
         """Whether to load this now: it has not failed, or that is a while ago."""
@@ -264,6 +293,8 @@ class Follower:
         return failed != found or time.monotonic() >= retry_at
 
     async def _loaded(self, what: Literal["served", "tried"], found: Promoted) -> Loaded | None:
+        while len(self._retiring) > MOST_RETIRING:  # memory
+            await asyncio.wait(self._retiring, return_when=asyncio.FIRST_COMPLETED)
         try:
             student = await asyncio.to_thread(verified, self._registry, found)
             loaded = await asyncio.to_thread(self._load, student)
@@ -284,8 +315,9 @@ class Follower:
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.wait([task])
+            for ending in (task, *self._retiring):
+                ending.cancel()
+            await asyncio.wait([task, *self._retiring])
 
     async def _follow(self) -> None:
         while True:

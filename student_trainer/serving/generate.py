@@ -8,18 +8,18 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import to_json
 
-from shared.contracts import Completion, FinishReason, GenerationRequest, Sampling
+from shared.contracts import Completion, FinishReason, GenerationRequest
 from shared.engines import Engine
 from shared.http.face import Asked, Bounds, Chosen, Route
 from shared.http.problems import Refused
 from shared.http.wire import Answer, CallBody, whole
 from shared.settings import TaskSettings
 from student_trainer.serving.follow import Loaded
-from student_trainer.serving.load import worded
+from student_trainer.serving.load import DECODING, worded
 
+DEFAULT = "(default)"
+"""Stands for the student, whatever its public name is."""
 MAX_QUESTIONS = 64
-DECODING = Sampling(max_tokens=64, stop=("\n",))
-"""Greedy, one line: as students are evaluated, with some room."""
 Question = Annotated[str, Field(min_length=1, pattern=r"\S")]
 _ONE = {"type": "string", "minLength": 1, "pattern": r"\S"}
 _SEVERAL = {"type": "array", "items": _ONE, "minItems": 1, "maxItems": MAX_QUESTIONS}
@@ -35,7 +35,7 @@ class GenerateBody(CallBody):
     """One question, or several to be answered in order."""
 
     asks_by = "question"
-    model: str = Field("", min_length=1)
+    model: str = DEFAULT
     """Default: the student."""
     question: Annotated[
         list[Question],
@@ -115,7 +115,7 @@ class Student(Answering):
         self.headers = ((b"x-student-version", self.version.encode()),)
 
     def put(self, task: TaskSettings, question: str) -> GenerationRequest:
-        return worded(task, self._loaded.kind, question)
+        return worded(task, self._loaded.kind, question, DECODING)
 
     def fits(self, request: GenerationRequest) -> bool:
         return self._loaded.fits(request)
@@ -134,7 +134,7 @@ class Beside(Answering):
         self.task, self._kind = task, "decoder-only" if chats else "encoder-decoder"
 
     def put(self, task: TaskSettings, question: str) -> GenerationRequest:
-        return worded(task, self._kind, question)
+        return worded(task, self._kind, question, DECODING)
 
 
 class Generate(Route[GenerateBody]):

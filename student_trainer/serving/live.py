@@ -128,7 +128,7 @@ def live(run: Path) -> RunState:
         stages=stages,
         harvest=harvest,
         training=training,
-        error="; ".join(errors) or None,
+        error="; ".join(errors).replace(f"{run}/", "") or None,  # where it lies is nobody's affair
     )
 
 

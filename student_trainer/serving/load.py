@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
-from shared.contracts import Completion, GenerationRequest, Message
+from shared.contracts import Completion, GenerationRequest, Message, Sampling
 from shared.engines import Piece
 from shared.engines.batching import LocalEngine
 from shared.engines.layout import measured
@@ -18,6 +18,8 @@ from student_trainer.serving.follow import Loaded, Student
 from student_trainer.serving.metrics import StudentMeters
 from student_trainer.serving.settings import StudentServiceSettings
 
+DECODING = Sampling(max_tokens=64, stop=("\n",))
+"""Greedy, one line: as students are evaluated, with some room."""
 PROBES = ("a", "What is it?", "1")
 """Questions that have nothing in common: what their prompts have is the task's."""
 
@@ -36,7 +38,7 @@ class Loader:
         kind = model.config.kind
         if kind == "decoder-only":  # the logits of every token it reads
             give_back_large_blocks()
-        probes = [worded(student.task, kind, question) for question in PROBES]
+        probes = [worded(student.task, kind, question, DECODING) for question in PROBES]
         model.keep_prefix(probes)
         for probe in probes[: model.workers] * -(-model.workers // len(probes)):
             model.decode([model.encode(probe)], lambda *_: True)
@@ -79,8 +81,8 @@ class Base:
 
     def __init__(self, load: Callable[[], tuple[LocalEngine, bool]]) -> None:
         """`load`: the engine, and whether it is one for chats. May raise EngineError: it is tried again when it is asked again."""
-        self._load, self._loading = load, asyncio.Lock()
-        self._loaded: tuple[LocalEngine, bool] | None = None
+        self._load = load
+        self._loading: asyncio.Task[tuple[LocalEngine, bool]] | None = None
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         engine, chats = await self._engine()
@@ -99,21 +101,20 @@ class Base:
         """Always ready to be loaded."""
 
     async def aclose(self) -> None:
-        if self._loaded is not None:
-            await self._loaded[0].aclose()
+        if self._loading is not None and self._loading.done() and not self._loading.exception():
+            await self._loading.result()[0].aclose()
 
     async def _engine(self) -> tuple[LocalEngine, bool]:
-        async with self._loading:
-            if self._loaded is None:
-                self._loaded = await asyncio.to_thread(self._load)
-        return self._loaded
+        if self._loading is None or (self._loading.done() and self._loading.exception()):
+            self._loading = asyncio.create_task(asyncio.to_thread(self._load))
+        return await asyncio.shield(self._loading)  # it is loaded once, also if who asked first has left
 
 
-def worded(task: TaskSettings, kind: str, question: str) -> GenerationRequest:
+def worded(task: TaskSettings, kind: str, question: str, sampling: Sampling) -> GenerationRequest:
     """The question as the student was trained and evaluated on it: plain text for an encoder-decoder, else a chat."""
     if kind == "encoder-decoder":
-        return GenerationRequest(prompt=plain(task, question))
-    return GenerationRequest(messages=messages(task, question))
+        return GenerationRequest(prompt=plain(task, question), sampling=sampling)
+    return GenerationRequest(messages=messages(task, question), sampling=sampling)
 
 
 def _put(request: GenerationRequest, chats: bool) -> GenerationRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from shared.http.options import add_key_options, add_run_options
 if TYPE_CHECKING:
     from shared.settings import Recipe
 
-EPILOG = "Every option can be given as a variable: --registry is STUDENT_REGISTRY. Keys: STUDENT_API_KEYS=NAME=KEY,..., or in a file."
+EPILOG = "All but --recipe can be given as variables: --registry is STUDENT_REGISTRY. Keys: STUDENT_API_KEYS=NAME=KEY,..., or a file."
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
     from student_trainer.serving.settings import StudentServiceSettings
 
     if recipe is not None:
-        flags = beside(load_settings(Recipe, flags={}, yaml_file=recipe)) | flags
+        flags = _unless_given(beside(load_settings(Recipe, flags={}, yaml_file=recipe)), flags) | flags
     settings = load_settings(StudentServiceSettings, flags=flags)
     keys = settings.keys(open_on_loopback=True)
     if settings.log_level != "warning":
@@ -77,6 +78,13 @@ def main(argv: list[str]) -> int:
         drain_s=settings.drain_s,
         measured=True,
     )
+
+
+def _unless_given(found: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe says, without whom the user has named: the recipe's key is for the recipe's teacher alone."""
+    named = {name for name in ("base", "teacher_url") if name in flags or os.environ.get(f"STUDENT_{name.upper()}")}
+    whole = {"base": "base", "teacher_url": "teacher"}
+    return {name: value for name, value in found.items() if not any(name.startswith(whole[given]) for given in named)}
 
 
 def beside(recipe: Recipe) -> dict[str, Any]:

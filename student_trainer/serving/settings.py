@@ -56,7 +56,7 @@ class StudentServiceSettings(ServerSettings):
     """A run directory whose live state GET /v1/run tells."""
 
     max_prompt_characters: int = Field(20_000, ge=1)
-    """Over all turns of a chat, or all questions of a call."""
+    """Of one prompt, over all turns of a chat."""
     max_n: int = Field(16, ge=1, le=64)
     max_tokens: int = Field(512, ge=1, le=4096)
     log_level: Literal["debug", "info", "warning", "error"] = "warning"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,15 +25,15 @@ from shared.contracts import Completion, GenerationRequest
 from shared.engines import Piece
 from shared.engines.convert import convert
 from shared.engines.scripted import ScriptedEngine
-from shared.http.face import Bounds
+from shared.errors import EngineError
 from shared.http.keys import KeyEntry, Keys, digest
 from shared.prompts import zero_shot
 from shared.registry import promote
 from shared.settings import Recipe, TaskSettings, load_settings
 from student_trainer.serving.app import app_over, student_app
 from student_trainer.serving.follow import Loaded, Served, Student
-from student_trainer.serving.load import Loader, worded
-from student_trainer.serving.main import beside
+from student_trainer.serving.load import DECODING, Base, Loader, worded
+from student_trainer.serving.main import _unless_given, beside
 from student_trainer.serving.metrics import StudentMeters
 from student_trainer.serving.settings import StudentServiceSettings
 from student_trainer.training.packing import Packer
@@ -154,10 +156,10 @@ def test_a_prompt_has_the_token_ids_that_it_had_in_training(folders: dict[str, t
     model = loaded.engine._model  # type: ignore[attr-defined]
     for question in (QUESTION, "word4", " ".join(WORDS), "word1\n\n  word2\tunknown é"):
         trained = packer.prompt(zero_shot(TASK, question))
-        served = [model.tokenizer.token_to_id(token) for token in model.encode(worded(TASK, kind, question)).tokens]
+        served = [model.tokenizer.token_to_id(token) for token in model.encode(worded(TASK, kind, question, DECODING)).tokens]
         assert served == trained
     if kind == "decoder-only":  # what all questions have in common is read once
-        assert model.encode(worded(TASK, kind, QUESTION)).known >= len(["user", "word9", "word8"])
+        assert model.encode(worded(TASK, kind, QUESTION, DECODING)).known >= len(["user", "word9", "word8"])
 
 
 def test_a_stream_is_in_pieces_what_is_answered_whole_and_both_name_the_version(
@@ -210,7 +212,7 @@ BAD: list[tuple[str, Any, int, str, str]] = [
     ("a number", {"question": 7}, 422, "question", "list of texts"),
     ("an unknown field", {"question": "word1", "logprobs": 1}, 422, "logprobs", "unknown field"),
     ("an unknown model", {"question": "word1", "model": "gpt"}, 404, "model", "'student'"),
-    ("no model", {"question": "word1", "model": ""}, 422, "model", "at least 1"),
+    ("no model", {"question": "word1", "model": ""}, 404, "model", "'student'"),
     ("a stream of several", {"question": ["word1", "word2"], "stream": True}, 422, "stream", "one question"),
     ("a beam of samples", {"question": "word1", "beam_size": 4, "temperature": 1}, 422, "beam_size", "temperature 0"),
     ("a wide beam", {"question": "word1", "beam_size": 9}, 422, "beam_size", "less than or equal to 8"),
@@ -409,13 +411,78 @@ def test_a_wrong_setting_is_named_before_anything_is_loaded(tmp_path: Path, opti
     assert "Traceback" not in run.stderr
 
 
-def test_many_questions_of_one_call_count_as_many_characters() -> None:
-    served = Served(Loaded(Student(Path(), "v", TASK), Chatty(), "decoder-only"))
-    app = app_over(served, public_name="student", bounds=Bounds(max_prompt_characters=100))
+def test_as_many_questions_as_may_be_asked_at_once_may_all_be_as_long_as_the_task_allows() -> None:
+    engine = Chatty()
+    served = Served(Loaded(Student(Path(), "v", TaskSettings()), engine, "decoder-only"))
+    app = app_over(served, public_name="student", bounds=StudentServiceSettings(model_dir=Path("x")).bounds)
 
     async def steps(client: httpx.AsyncClient) -> None:
-        assert (await client.post("/v1/generate", json={"question": ["word1"] * 2})).status_code == 200
-        refused = await client.post("/v1/generate", json={"question": ["word1"] * 20})
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "question")
+        answer = await client.post("/v1/generate", json={"question": ["x" * 900] * 64})
+        assert (answer.status_code, len(answer.json()["answers"])) == (200, 64)
+        assert (await client.post("/v1/completions", json={"model": "student", "prompt": "x" * 20_001})).status_code == 400
+        assert (await client.post("/v1/completions", json={"model": "", "prompt": "x"})).status_code == 404
 
     talk(app, steps)
+
+
+def test_a_base_is_loaded_once_however_many_leave_while_it_loads() -> None:
+    loads: list[int] = []
+
+    def slowly() -> Any:
+        loads.append(1)
+        time.sleep(0.2)
+        return Chatty(), True
+
+    async def run() -> None:
+        base = Base(slowly)
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(base.generate(GenerationRequest(prompt="word1")), 0.01)
+        assert (await base.generate(GenerationRequest(prompt="word1")))[0].text == "<b>bold</b> words"
+        assert len(loads) == 1
+        await base.aclose()
+
+    asyncio.run(run())
+
+
+def test_a_base_that_failed_to_load_is_tried_again() -> None:
+    outcomes: list[Any] = [EngineError("not there yet"), (Chatty(), True)]
+
+    def load() -> Any:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def run() -> None:
+        base = Base(load)
+        with pytest.raises(EngineError):
+            await base.generate(GenerationRequest(prompt="word1"))
+        assert await base.generate(GenerationRequest(prompt="word1"))
+
+    asyncio.run(run())
+
+
+def test_the_recipes_key_is_for_the_recipes_teacher_alone_and_variables_go_before_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"base": "b", "base_quantization": "int8", "teacher_url": "u", "teacher_model": "m", "teacher_key_file": "k"}
+    assert _unless_given(found, {}) == found
+    assert _unless_given(found, {"teacher_url": "http://other/v1"}) == {"base": "b", "base_quantization": "int8"}
+    monkeypatch.setenv("STUDENT_BASE", "mine")
+    assert set(_unless_given(found, {})) == {"teacher_url", "teacher_model", "teacher_key_file"}
+
+
+def test_a_chat_that_the_models_template_refuses_is_the_callers_mistake(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["decoder-only"][1], tmp_path / "strict"))
+    config = json.loads((folder / "serving.json").read_text())
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    (folder / "serving.json").write_text(json.dumps(config | {"chat_template": refuse + config["chat_template"]}))
+
+    async def steps(client: httpx.AsyncClient) -> None:
+        turns = [{"role": "system", "content": "word1"}, {"role": "user", "content": "word1"}]
+        refused = await client.post("/v1/chat/completions", json={"model": "student", "messages": turns, "max_tokens": 8})
+        assert (refused.status_code, "roles" in refused.json()["error"]["message"]) == (400, True)
+        assert (
+            await client.post("/v1/chat/completions", json={"model": "student", "messages": turns[1:], "max_tokens": 8})
+        ).status_code == 200
+
+    talk(over(folder, tmp_path), steps)

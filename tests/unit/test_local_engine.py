@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -15,10 +16,11 @@ import ctranslate2
 import pytest
 import torch
 from tiny_servable import WORDS, servable_llama, servable_t5
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from shared.contracts import Completion, GenerationRequest, Message, Sampling
-from shared.engines.batching import LocalEngine
+from shared.engines.batching import LocalEngine, _Text
 from shared.engines.convert import convert
 from shared.engines.layout import layouts, measured
 from shared.engines.local import Device, Heed, Layout, LocalModel, Prompt
@@ -182,6 +184,9 @@ class SlowModel:
             raise RequestRefused("too long")
         return Prompt((request.prompt or "").split() or [""], request.n, request.sampling)
 
+    def quick(self, request: GenerationRequest) -> bool:
+        return True
+
     def decode(self, prompts: list[Prompt], heed: Heed) -> None:
         self.open.acquire()
         self.batches.append(sorted(p.tokens[0] for p in prompts))
@@ -200,11 +205,11 @@ def ask(text: str, **values: Any) -> GenerationRequest:
     return GenerationRequest(prompt=text, sampling=Sampling(**values))
 
 
-def scenario(steps: Any, **options: Any) -> SlowModel:
+def scenario(steps: Any, kind: type[SlowModel] = SlowModel, **options: Any) -> SlowModel:
     """Run `steps(engine, model)` on an engine over a slow model."""
 
     async def run() -> SlowModel:
-        model = SlowModel()
+        model = kind()
         engine = LocalEngine(model, **options)  # type: ignore[arg-type]
         try:
             await asyncio.wait_for(steps(engine, model), 20)
@@ -596,3 +601,74 @@ def test_the_layout_is_the_one_that_was_fastest(folders: dict[str, tuple[Path, P
 def test_a_gpu_that_is_not_there_is_told_with_the_options_to_look_at(folders: dict[str, tuple[Path, Path]]) -> None:
     with pytest.raises(EngineError, match="--device"):
         LocalModel(folders["decoder-only"][1], device=Device("cuda", (7,)))
+
+
+def test_those_who_leave_make_room_at_once() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        await started(engine, ask("a"))
+        for _ in range(3):
+            tasks = await started(engine, ask("b"), ask("c"))
+            assert engine.waiting == 2
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert engine.waiting == 0
+        model.open.release()
+
+    assert scenario(steps, max_waiting=2).batches == [["a"]]
+
+
+def test_a_full_queue_is_told_before_a_prompt_is_encoded() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        await started(engine, ask("a"))
+        waiting = await started(engine, ask("b"))
+        with pytest.raises(TeacherBusy):
+            await engine.generate(ask("too long"))
+        for task in waiting:
+            task.cancel()
+        model.open.release()
+
+    scenario(steps, max_waiting=1)
+
+
+def test_a_beam_counts_as_the_rows_that_it_takes() -> None:
+    async def steps(engine: LocalEngine, model: SlowModel) -> None:
+        first = await started(engine, ask("a"))
+        rest = await started(engine, *[GenerationRequest(prompt=c, beam_size=4, sampling=Sampling()) for c in "bcd"])
+        for _ in range(3):
+            model.open.release()
+        await asyncio.gather(*first, *rest)
+
+    class Beams(SlowModel):
+        def encode(self, request: GenerationRequest) -> Prompt:
+            return replace(super().encode(request), beam_size=request.beam_size)
+
+    assert scenario(steps, Beams, max_batch=8).batches == [["a"], ["b", "c"], ["d"]]
+
+
+@pytest.mark.parametrize("stop", [("\n\n",), ("\nHello",), ("world", "\n\n\n"), (" wor",)])
+def test_stop_texts_that_begin_with_blanks_end_a_stream_where_they_end_the_whole_answer(stop: tuple[str, ...]) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"\n": 0, "Hello": 1, " world": 2, " wo": 3, "</s>": 4}, unk_token="</s>"))
+    tokenizer.decoder = decoders.Fuse()
+
+    class Spoken:
+        """What a LocalModel knows of texts."""
+
+        def __init__(self) -> None:
+            self.tokenizer = tokenizer
+
+        def ends(self, token: int) -> bool:
+            return token == 4
+
+        def completion(self, ids: list[int], stop: tuple[str, ...]) -> Completion:
+            text = tokenizer.decode([i for i in ids if i != 4])
+            cuts = [at for s in stop if (at := text.find(s)) >= 0]
+            return Completion(text=text[: min(cuts, default=len(text))].lstrip(), finish_reason="stop")
+
+    for ids in ([0, 0, 1, 2, 4], [0, 1, 3, 2, 4], [1, 0, 0, 0, 2, 4], [1, 2, 2, 4]):
+        model, said = Spoken(), ""
+        text = _Text(model, stop)  # type: ignore[arg-type]
+        for end in range(1, len(ids)):
+            said += text.add(ids[:end], False)[0]
+        said += text.add(ids, True)[0]
+        assert said == model.completion(ids, stop).text
