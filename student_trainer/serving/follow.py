@@ -214,8 +214,10 @@ class Follower:
         if isinstance(found, str):
             self._say(found, f"{found}; waiting for a promotion in {self._registry}")
             return
+        before = self._served.loaded
         await self._serve(found)
-        await self._try(tried)
+        if self._served.loaded is before:  # else that has taken its time: what is to be tried is looked up again
+            await self._try(tried)
 
     async def _serve(self, found: Promoted) -> None:
         served, tried = self._served.loaded, self._served.tried
