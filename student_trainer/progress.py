@@ -13,10 +13,12 @@ from shared.artifacts import read_json
 from shared.contracts import FileRef, Manifest
 from shared.errors import DataError
 
+TEACHER_LEDGER = "responses/teacher"
+
 
 def stages_of(rounds: int) -> tuple[str, ...]:
     """The stages of a run with so many rounds of training, in order."""
-    names = ["dataset", "responses/teacher"]
+    names = ["dataset", TEACHER_LEDGER]
     for number in range(rounds):
         names += [f"responses/student-r{number}", f"triplets/r{number}", f"checkpoints/r{number}"]
     return (*names, "model", "evaluation")

@@ -25,12 +25,11 @@ from shared.contracts import Manifest, Response
 from shared.errors import DataError, DistillError
 from shared.harvest.ledger import answer_files
 from shared.settings import HarvestSettings, TrainSettings
-from student_trainer.progress import STATES, stage_manifest, stage_states, stages_of
+from student_trainer.progress import STATES, TEACHER_LEDGER, stage_manifest, stage_states, stages_of
 
 log = logging.getLogger(__name__)
 
 MAX_RUNS = 20
-TEACHER_LEDGER = "responses/teacher"
 OTHER = "other"
 """The reason of a failed answer whose reason names no class."""
 EVENTS = ("promoted", "canary", "refused", "rolled back")

@@ -18,10 +18,7 @@ from shared.errors import DataError
 from shared.harvest.budget import Account
 from shared.harvest.ledger import OK, kinds
 from student_trainer.harvest.stage import ACCOUNT, STAGE
-from student_trainer.harvest.watch import PROGRESS
-
-FRESH_S = 10.0
-"""A harvest tells of itself once a second: one that has not for so long is no more, or stuck."""
+from student_trainer.harvest.watch import FRESH_S, PROGRESS
 
 
 def report(run: Path) -> str:

@@ -11,6 +11,8 @@ from shared.artifacts import now, write_json
 from shared.harvest.scheduler import Standing
 
 PROGRESS = "progress.json"
+FRESH_S = 10.0
+"""A harvest tells of itself once a second: one that has not for so long is no more, or stuck."""
 
 
 class Watch:

@@ -169,11 +169,6 @@ class Served:
         finally:
             await before.engine.aclose()
 
-    async def replace(self, loaded: Loaded) -> None:
-        """`seat` and `retire`."""
-        for before in self.seat(loaded):
-            await self.retire(before)
-
     async def aclose(self) -> None:
         for loaded in (self.loaded, self.tried):
             if loaded is not None:

@@ -13,12 +13,9 @@ from pydantic import AwareDatetime, BaseModel, Field, FiniteFloat, ValidationErr
 
 from shared.errors import DataError
 from shared.http.wire import Answer
-from student_trainer.progress import State, stage_manifest, stage_states, stages_of
+from student_trainer.harvest.watch import FRESH_S, PROGRESS
+from student_trainer.progress import TEACHER_LEDGER, State, stage_manifest, stage_states, stages_of
 
-TEACHER_LEDGER = "responses/teacher"
-PROGRESS = "progress.json"
-FRESH_S = 10.0
-"""A harvest tells of itself once a second: one that has not for so long is no more, or stuck."""
 MAX_POINTS = 200
 """Of a loss curve, however long the training."""
 ModelT = TypeVar("ModelT", bound=BaseModel)

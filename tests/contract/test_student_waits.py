@@ -520,8 +520,8 @@ def test_questions_of_one_request_are_answered_by_one_version_which_is_the_one_t
         async with httpx.AsyncClient(transport=transport, base_url="http://student") as client:
             asked = asyncio.create_task(client.post("/v1/generate", json={"question": ["one", "two", "three"]}))
             await until(lambda: old.in_flight == 1)
-            replacing = asyncio.create_task(served.replace(new))
-            await until(lambda: served.loaded is new)
+            (before,) = served.seat(new)
+            replacing = asyncio.create_task(served.retire(before))
             assert (await client.get("/v1/student")).json()["version"] == "new"
             old.engine.open.set()
             reply = (await asked).json()
