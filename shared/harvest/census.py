@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from shared.collect import Collected
@@ -83,6 +83,7 @@ class Census:
             refused=refused,
             shared=self.shared,
             several=self._several,
+            of_several=self._of_several,
             varied=self._varied,
             one_text=len(self._texts) == 1 and self.answers >= FEW_TEXTS and self.prompts > 1,
             said=self.said,
@@ -100,3 +101,36 @@ class Census:
                 self._texts.add(text)
         else:
             self.failed[kind] += 1
+
+
+def together(parts: Sequence[Collected], *, wanted: int, seconds: float) -> Collected:
+    """The census of all partitions of a harvest. `wanted`: rows in the end; `seconds`: wall time of all together.
+
+    An answer that prompts of two partitions could have shared has been asked for twice.
+    """
+    failed: Counter[str] = Counter()
+    said: dict[str, str] = {}
+    for part in parts:
+        failed.update(part.failed)
+        said |= part.said
+    of_several = sum(part.of_several for part in parts)
+    answers = sum(part.answers for part in parts)
+    distinct = sum(part.distinct_fraction * part.of_several for part in parts)
+    return Collected(
+        prompts=sum(part.prompts for part in parts),
+        answers=answers,
+        failed=dict(failed),
+        missing=wanted - answers - failed.total(),
+        cut_off=sum(part.cut_off for part in parts),
+        distinct_fraction=distinct / of_several if of_several else 1.0,
+        requests=sum(part.requests for part in parts),
+        refused=sum(part.refused for part in parts),
+        shared=sum(part.shared for part in parts),
+        several=sum(part.several for part in parts),
+        of_several=of_several,
+        varied=sum(part.varied for part in parts),
+        one_text=bool(parts) and all(part.one_text for part in parts),
+        said=said,
+        seconds=seconds,
+        collected=sum(part.collected for part in parts),
+    )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, NamedTuple, Protocol, Self
 
 from pydantic import ValidationError
 
@@ -25,6 +25,8 @@ INDEX_KIB = 32 * 1024
 """Of the index in memory; the rest of it is in a file that has no name any more."""
 READ_AT_ONCE = 20_000
 OK = "ok"
+PARTITIONS = "partitions"
+"""Where those of a harvest on a cluster are, until their lines are gathered."""
 Entry = tuple[bytes, int, int, int, str, int]
 """A row of the index: key, example, file, place, kind, text."""
 
@@ -45,6 +47,21 @@ def kind_of(row: Response) -> str:
     if row.status == "failed":
         return (row.reason or "unanswered").partition(":")[0]
     return CUT_OFF if row.finish_reason == "length" else OK
+
+
+class Answers(Protocol):
+    """What a harvest needs of its ledger."""
+
+    dirty: bool
+    """Whether there is anything to `sync`."""
+
+    @property
+    def empty(self) -> bool: ...
+    def find(self, keys: Sequence[str]) -> dict[tuple[str, int], Held]: ...
+    def twin(self, key: str, cut_off: bool = True) -> Held | None: ...
+    def read(self, held: Held) -> Response: ...
+    def append(self, rows: Sequence[Response]) -> None: ...
+    def sync(self) -> None: ...
 
 
 class AnswerLedger:
@@ -220,7 +237,7 @@ class AnswerLedger:
                     self.repaired_bytes += len(line)
                     file.truncate(self._end)
                     break
-                entries.append(self._entry(_parsed(line, path, count), number, self._end))
+                entries.append(self._entry(parsed(line, path, count), number, self._end))
                 self._end += len(line)
                 if len(entries) == READ_AT_ONCE:
                     self._enter(sorted(entries))
@@ -272,7 +289,7 @@ class AnswerLedger:
             try:
                 with path.open("rb") as file:
                     for count, line in enumerate(file, 1):
-                        row = _parsed(line, path, count)
+                        row = parsed(line, path, count)
                         if not self.superseded or self._counts(row, number, at):
                             yield line, row
                         at += len(line)
@@ -312,21 +329,29 @@ def answer_files(folder: Path, stem: str = "responses") -> list[Path]:
 
 
 def kinds(folder: Path, stem: str = "responses") -> dict[tuple[str, str], str]:
-    """What a ledger has, read without disturbing its writer: key and example id to kind. Raises DataError."""
+    """What a ledger and the partitions of one (segments.py) have, read without disturbing their writers: key and example id to kind.
+
+    Raises DataError.
+    """
     for _ in range(5):
         with contextlib.suppress(FileNotFoundError):  # the segments were compacted in between
-            return _read_kinds(folder, stem)
+            return _read_kinds(_all_files(folder, stem))
         time.sleep(0.1)
-    return _read_kinds(folder, stem)
+    return _read_kinds(_all_files(folder, stem))
 
 
-def _read_kinds(folder: Path, stem: str) -> dict[tuple[str, str], str]:
+def _all_files(folder: Path, stem: str) -> list[Path]:
+    parts = folder.glob(f"{PARTITIONS}/*/*.jsonl")
+    return [*answer_files(folder, stem), *sorted(parts, key=lambda path: (path.parent, path.name != f"{stem}.jsonl", path))]
+
+
+def _read_kinds(files: Sequence[Path]) -> dict[tuple[str, str], str]:
     found = {}
-    for path in answer_files(folder, stem):
+    for path in files:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.endswith(b"\n"):  # one that is being written waits for its end
-                    row = _parsed(line, path, number)
+                    row = parsed(line, path, number)
                     found[row.key, row.example_id] = kind_of(row)
     return found
 
@@ -335,7 +360,7 @@ def _short(key: str) -> bytes:
     return bytes.fromhex(key[:32])
 
 
-def _parsed(line: bytes, path: Path, number: int) -> Response:
+def parsed(line: bytes, path: Path, number: int) -> Response:
     try:
         row = Response.model_validate_json(line)
         _short(row.key)

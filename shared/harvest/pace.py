@@ -54,6 +54,8 @@ class Pace:
         self._starting = True
         self._cut_at = -math.inf
         self._latency = 0.0
+        self.changed: Callable[[], None] = lambda: None
+        """To be called where `delay` has become shorter by something else than time and answers."""
         self.in_flight = 0
         self.refused = 0
         """Answers that said: not now (429)."""
@@ -162,7 +164,7 @@ class Pace:
             return
         if self._accepted < FEW and self._rate is not None:
             return
-        self._accepted += self.in_flight  # most of them are on their way to an answer
+        self._accepted += max(0, self.in_flight)  # most of them are on their way to an answer
         elapsed = max(now - self._since, 1e-3)
         if self._rate is None:
             # as many as it took, in the time it wants to be left alone

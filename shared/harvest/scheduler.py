@@ -34,10 +34,10 @@ from shared.errors import (
     TeacherUnavailable,
 )
 from shared.harvest.ask import Ask
-from shared.harvest.budget import Budget, Reserved, estimated_tokens
+from shared.harvest.budget import Purse, Reserved, estimated_tokens
 from shared.harvest.census import Census, Prompt
 from shared.harvest.circuit import Circuit
-from shared.harvest.ledger import OK, AnswerLedger, Held
+from shared.harvest.ledger import OK, Answers, Held
 from shared.harvest.pace import Pace
 from shared.harvest.smoke import PROMPTS, Smoke
 from shared.harvest.teacher import Answer, Refusal, Teacher
@@ -70,8 +70,8 @@ class Limits:
     timeout_s: float = 120.0
     """The teacher's own, by which slowness is judged."""
     max_answer_chars: int = 100_000
-    first_failures: float = 0.5
-    """Share of the first prompts' answers: if so many fail, nothing more is sent."""
+    first_failures: float | None = 0.5
+    """Share of the first prompts' answers: if so many fail, nothing more is sent. None: the first are like all others."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Limits:
@@ -114,27 +114,29 @@ class Standing:
 async def harvest(
     teacher: Teacher,
     asks: Iterable[Ask],
-    ledger: AnswerLedger,
+    ledger: Answers,
     *,
     limits: Limits = Limits(),
     what: str = "harvest",
     whom: str = "the teacher",
     total: int | None = None,
     retry: frozenset[str] = frozenset(),
-    budget: Budget | None = None,
+    budget: Purse | None = None,
     watch: Callable[[Standing], None] | None = None,
     stopping: Callable[[], bool] | None = None,
+    pace: Pace | None = None,
 ) -> Collected:
     """Ask for every sample that `ledger` does not hold, and for those it holds as one of `retry`'s classes.
 
     `whom`: who is asked, for messages. `total`: rows wanted in the end, for the time that is left. `stopping` is asked often: once it
-    says so nothing more is sent, what is in flight is waited for a few seconds, and what is missing is counted.
+    says so nothing more is sent, what is in flight is waited for a few seconds, and what is missing is counted. `pace`: one that others
+    share, instead of one by `limits`.
 
     One bad row is a failed row. Raises, with all answers so far in the ledger: TeacherUnavailable for a teacher that stays dead,
     TeacherRejected where asking cannot help, HarvestTooThin where too many of the first prompts fail, BudgetSpent, StorageError, and
     what the source raises.
     """
-    return await _Harvest(teacher, asks, ledger, limits, what, whom, total, retry, budget, watch, stopping).run()
+    return await _Harvest(teacher, asks, ledger, limits, what, whom, total, retry, budget, watch, stopping, pace).run()
 
 
 @dataclass(slots=True)
@@ -156,26 +158,28 @@ class _Harvest:
         self,
         teacher: Teacher,
         asks: Iterable[Ask],
-        ledger: AnswerLedger,
+        ledger: Answers,
         limits: Limits,
         what: str,
         whom: str,
         total: int | None,
         retry: frozenset[str],
-        budget: Budget | None,
+        budget: Purse | None,
         watch: Callable[[Standing], None] | None,
         stopping: Callable[[], bool] | None,
+        pace: Pace | None,
     ) -> None:
         self._teacher, self._ledger, self._limits = teacher, ledger, limits
         self._source = self._looked_up(iter(asks))
         self._what, self._whom, self._total, self._retry, self._budget = what, whom, total, retry, budget
         self._watch, self._stopping = watch or (lambda standing: None), stopping or (lambda: False)
-        self._pace = Pace(
+        self._pace = pace or Pace(
             limits.concurrency,
             requests_per_minute=limits.requests_per_minute,
             tokens_per_minute=limits.tokens_per_minute,
             timeout_s=limits.timeout_s,
         )
+        self._pace.changed = self._advance
         self._circuit = Circuit(limits.patience_s, whom=whom)
         # jobs: fresh ones, those that failed and wait, those that failed for the last time unless the teacher turns out to be dead
         self._ready: deque[_Job] = deque()
@@ -266,12 +270,13 @@ class _Harvest:
             if self._budget is not None and self._budget.late and (self._ready or self._later):
                 self._spent(self._budget)
                 return None
-            pause = self._pace.delay()
-            if pause == math.inf:
-                return pause
-            pause = max(pause, self._circuit.delay())
-            if pause > 0:
-                return pause
+            if not self._exhausted or self._ready or self._later:
+                pause = self._pace.delay()
+                if pause == math.inf:
+                    return pause
+                pause = max(pause, self._circuit.delay())
+                if pause > 0:
+                    return pause
             job = self._next()
             if job is None:
                 if not self._exhausted and not self._smoke.full and self._waiting < MOST_WAITING:
@@ -596,7 +601,7 @@ class _Harvest:
         self._error = self._error or error
         self._finish()
 
-    def _spent(self, budget: Budget) -> None:
+    def _spent(self, budget: Purse) -> None:
         self._end(BudgetSpent(f"{budget.explain()} is reached: nothing more is sent, and all answers are kept; raise it to go on"))
 
     def _finish(self) -> None:

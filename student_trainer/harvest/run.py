@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import get_args
 
-from shared.commands import open_run, stage_parser
+from shared.commands import cluster_options, open_run, stage_parser
 from shared.errors import SettingsError
 
 ALL = "all"
@@ -37,10 +37,25 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--metrics-file", type=Path, metavar="PROM", help="keep this file up to date for Prometheus's node exporter (textfile collector)"
     )
+    parser.add_argument(
+        "--answers-from",
+        type=Path,
+        metavar="RUN",
+        help="first take what that run's teacher has answered to just what would be asked here: to train otherwise is to pay nothing again",
+    )
+    cluster_options(parser)
+    parser.add_argument(
+        "--storage",
+        metavar="URI",
+        help="with --on: a folder or bucket that all nodes share (s3://..., gs://..., whatever pyarrow or fsspec reads), where answers "
+        "are kept until all are there; by default the run directory, which is then on a shared file system",
+    )
     arguments = parser.parse_args(argv)
     retry = _classes(arguments.retry_failed)
     if arguments.metrics_file and arguments.metrics_file.suffix != ".prom":
         raise SettingsError(f"--metrics-file {arguments.metrics_file}: the node exporter reads files that end in .prom")
+    if arguments.answers_from and arguments.on:
+        raise SettingsError("--answers-from: a harvest on a cluster takes none over; begin without --on, which may go on with it then")
 
     from student_trainer.harvest.stage import dry_run, run_stage
 
@@ -48,9 +63,27 @@ def main(argv: list[str]) -> int:
         with tempfile.TemporaryDirectory() as nowhere:
             if not (arguments.out / "run.json").exists():
                 arguments.out = Path(nowhere) / "run"  # to look at the price must not bind the run to these settings
-            return dry_run(open_run(arguments), teacher_url=arguments.teacher_url, retry=retry)
+            return dry_run(open_run(arguments), teacher_url=arguments.teacher_url, retry=retry, answers_from=arguments.answers_from)
     run = open_run(arguments)
-    return run_stage(run, teacher_url=arguments.teacher_url, retry=retry, metrics_file=arguments.metrics_file)
+    if arguments.on:
+        from student_trainer.cluster.harvest import run_on_cluster
+
+        return run_on_cluster(
+            run,
+            arguments.on,
+            workers=arguments.workers,
+            storage=arguments.storage,
+            teacher_url=arguments.teacher_url,
+            retry=retry,
+            metrics_file=arguments.metrics_file,
+        )
+    return run_stage(
+        run,
+        teacher_url=arguments.teacher_url,
+        retry=retry,
+        metrics_file=arguments.metrics_file,
+        answers_from=arguments.answers_from,
+    )
 
 
 def _classes(given: str | None) -> frozenset[str]:

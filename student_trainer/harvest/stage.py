@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Self
 
-from shared.artifacts import Run
+from shared.artifacts import Run, Stage, read_json
 from shared.collect import Collected
 from shared.commands import interruptible
 from shared.contracts import Example, GenerationRequest, Sampling
 from shared.datasets.stage import prepare, shots
-from shared.errors import HarvestTooThin
+from shared.errors import HarvestTooThin, RunMismatch, SettingsError
 from shared.harvest.ask import Ask
-from shared.harvest.budget import Budget, estimated_tokens
+from shared.harvest.budget import Account, Budget, estimated_tokens
 from shared.harvest.ledger import AnswerLedger, answer_files, kinds
-from shared.harvest.scheduler import Limits, harvest
+from shared.harvest.scheduler import LOOKED_UP, MOST_MARKS, Limits, harvest
 from shared.http.client import teacher_of
 from shared.prompts import messages, plain
 from shared.redact import Redaction
@@ -25,6 +27,8 @@ from student_trainer.harvest.watch import Watch
 
 STAGE = "responses/teacher"
 ACCOUNT = "spent.json"
+CLUSTER = "cluster.json"
+"""There while a harvest on a cluster is under way."""
 SAMENESS = 0.05
 """At most this share of prompts with different samples makes sampling look switched off."""
 ALIKE = 1024
@@ -32,21 +36,30 @@ ALIKE = 1024
 SHOWN_REQUESTS = 3
 
 
-def run_stage(run: Run, *, teacher_url: str | None = None, retry: frozenset[str] = frozenset(), metrics_file: Path | None = None) -> int:
+def run_stage(
+    run: Run,
+    *,
+    teacher_url: str | None = None,
+    retry: frozenset[str] = frozenset(),
+    metrics_file: Path | None = None,
+    answers_from: Path | None = None,
+) -> int:
     """Collect what is missing and write the manifest. Returns the exit code.
 
-    A first Ctrl-C or SIGTERM ends the harvest with everything kept, a second one at once.
-    Raises SettingsError (no URL, bad key file), TeacherError, HarvestTooThin (above harvest.max_failed_fraction), BudgetSpent,
-    StorageError, Stopped.
+    answers_from: a run whose answers to the same requests are taken over first. A first Ctrl-C or SIGTERM ends the harvest with everything
+    kept, a second one at once.
+    Raises SettingsError (no URL, bad key file, a run without answers), TeacherError, HarvestTooThin (above harvest.max_failed_fraction),
+    BudgetSpent, StorageError, Stopped.
     """
     recipe = run.recipe
     train = prepare(run)["train"]
     stage = run.stage(STAGE, inputs=["dataset"])
     # segments beside it: what was asked again was cut short
-    if stage.complete and not retry and len(answer_files(stage.path)) == 1:
+    if stage.complete and not retry and len(answer_files(stage.path)) == 1 and not (stage.path / CLUSTER).exists():
         print(f"{STAGE}: complete, nothing to do")
         return 0
-    prompts = Prompts(run, train)
+    refuse_other_way(stage.path)
+    prompts = Prompts.of(run, train)
     teacher = teacher_of(recipe.teacher, teacher_url)
     watch = Watch(stage.path, run.path.name, metrics_file)
     with (
@@ -54,6 +67,8 @@ def run_stage(run: Run, *, teacher_url: str | None = None, retry: frozenset[str]
         Budget(stage.path / ACCOUNT, recipe.harvest.budget, recipe.teacher.price) as budget,
         interruptible() as stopping,
     ):
+        if answers_from is not None:
+            print(f"{STAGE}: {take_over(answers_from, ledger, prompts)} answers taken over from {answers_from}", flush=True)
 
         async def collect() -> Collected:
             try:
@@ -75,11 +90,41 @@ def run_stage(run: Run, *, teacher_url: str | None = None, retry: frozenset[str]
         stopping.raise_if_asked()
         check(recipe, collected)
         answers = ledger.compact()
-    counts = collected.counts()
+    finish(stage, answers, collected, teacher_url=teacher_url, account=budget.account, redacted=prompts.redaction.counts)
+    return 0
+
+
+def take_over(run: Path, ledger: AnswerLedger, prompts: Iterable[Ask]) -> int:
+    """Copy from another run's ledger what would be asked in the very same words here, and is not there yet. Returns the rows copied.
+
+    Raises SettingsError for a run without answers, StorageError, DataError.
+    """
+    source, taken, left = run / STAGE, 0, iter(prompts)
+    if not answer_files(source) or source.resolve() == ledger.folder.resolve():
+        raise SettingsError(f"--answers-from {run}: expected another run, with the answers of a teacher in {STAGE}/")
+    with AnswerLedger(source) as other:
+        while asks := list(islice(left, LOOKED_UP)):
+            wanted = [(key, hash(ask.example_id)) for ask in asks for key in ask.sample_keys()]
+            for first in range(0, len(wanted), MOST_MARKS):
+                part = wanted[first : first + MOST_MARKS]
+                keys = [key for key, _ in part]
+                there, here = other.find(keys), ledger.find(keys)
+                rows = [other.read(there[place]) for place in dict.fromkeys(part) if place in there and place not in here]
+                ledger.append(rows)
+                taken += len(rows)
+    ledger.sync()
+    return taken
+
+
+def finish(
+    stage: Stage, answers: Path, collected: Collected, *, teacher_url: str | None, account: Account, redacted: Mapping[str, int]
+) -> None:
+    """Write the manifest of a harvest that is complete, and say so. `account`: of all commands together."""
+    recipe, counts = stage.run.recipe, collected.counts()
     if recipe.teacher.price is not None:
-        counts["cost"] = round(budget.account.cost, 6)  # of all commands together
+        counts["cost"] = round(account.cost, 6)
     if recipe.harvest.redact is not None:
-        counts["redacted"] = dict(sorted(prompts.redaction.counts.items()))
+        counts["redacted"] = dict(sorted(redacted.items()))
     settings = {
         "teacher": recipe.teacher.model_dump(mode="json"),
         "asked_at": recipe.teacher.address(teacher_url),
@@ -87,31 +132,54 @@ def run_stage(run: Run, *, teacher_url: str | None = None, retry: frozenset[str]
     }
     stage.finish([answers], settings=settings, counts=counts)
     print(f"{STAGE}: {collected.explain()}")
-    return 0
+
+
+def refuse_other_way(stage: Path) -> None:
+    """Raises RunMismatch where a harvest on a cluster is under way: its answers are in partitions, and would be asked for again."""
+    if (stage / CLUSTER).exists():
+        raise RunMismatch(f"{stage / CLUSTER}: this harvest was begun on a cluster; go on with the same --on")
+
+
+def answers_held(stage: Path) -> tuple[dict[tuple[str, str], str], str]:
+    """As `kinds`, with what a harvest on a cluster has so far; and the URI of what is in a bucket and was not read, else nothing.
+
+    Raises DataError.
+    """
+    found, note = kinds(stage), stage / CLUSTER
+    layout = read_json(note) if note.exists() else {}
+    where, folder = str(layout.get("storage", "")), str(layout.get("folder", ""))
+    if "://" in where:
+        return found, where
+    return {**found, **kinds(Path(where) / folder)} if where else found, ""
 
 
 @dataclass
 class Prompts:
-    """What is asked: one prompt for each training example, with `harvest.shots` others solved before it.
+    """What is asked: one prompt for each of some training examples, with `harvest.shots` others solved before it.
 
-    Raises DataError if there are too few for the shots, SettingsError where redaction is wanted and its libraries are missing.
+    Raises SettingsError where redaction is wanted and its libraries are missing.
     """
 
-    run: Run
+    recipe: Recipe
     examples: Sequence[Example]
+    drawn: Sequence[Example] = ()
+    """Solved ones: the shots and one to spare, since a row that is itself among them would tell its own answer."""
     redaction: Redaction = field(init=False)
 
+    @classmethod
+    def of(cls, run: Run, train: Sequence[Example]) -> Self:
+        """Those of a whole harvest. Raises DataError if there are too few rows for the shots, and what the class raises."""
+        return cls(run.recipe, train, drawn_shots(run, train))
+
     def __post_init__(self) -> None:
-        settings = self.run.recipe.harvest
+        settings = self.recipe.harvest
         self.redaction = Redaction(settings.redact, region=settings.redact_region)
-        # one to spare: a row that is itself among the shots would tell its own answer
-        self._drawn = shots(self.run, self.examples, settings.shots + 1) if settings.shots else ()
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __iter__(self) -> Iterator[Ask]:
-        recipe = self.run.recipe
+        recipe = self.recipe
         settings, teacher = recipe.harvest, recipe.teacher
         sampling = Sampling(
             max_tokens=settings.max_tokens,
@@ -121,7 +189,7 @@ class Prompts:
             seed=recipe.seed * 1000,
         )
         self.redaction.counts.clear()
-        solved = [self.redaction.of(shot) for shot in self._drawn]
+        solved = [self.redaction.of(shot) for shot in self.drawn]
         self.redaction.counts.clear()  # a shot leaves with every prompt: its hits are counted where it is itself the question
         for first in range(0, len(self.examples), ALIKE):
             for example in sorted(self.examples[first : first + ALIKE], key=lambda example: len(example.question)):
@@ -134,6 +202,12 @@ class Prompts:
                 else:
                     request = GenerationRequest(prompt=plain(recipe.task, asked.question, before), n=settings.samples, sampling=sampling)
                 yield Ask(example.id, request, identity=teacher.identity, model=teacher.public_name, protocol=teacher.protocol)
+
+
+def drawn_shots(run: Run, train: Sequence[Example]) -> tuple[Example, ...]:
+    """Raises DataError if there are too few."""
+    wanted = run.recipe.harvest.shots
+    return shots(run, train, wanted + 1) if wanted else ()
 
 
 def check(recipe: Recipe, collected: Collected) -> None:
@@ -153,12 +227,14 @@ def check(recipe: Recipe, collected: Collected) -> None:
         )
 
 
-def dry_run(run: Run, *, teacher_url: str | None = None, retry: frozenset[str] = frozenset()) -> int:
+def dry_run(run: Run, *, teacher_url: str | None = None, retry: frozenset[str] = frozenset(), answers_from: Path | None = None) -> int:
     """Print what a harvest would send, what it may cost and three requests in full; send nothing, lock nothing. Returns the exit code."""
     recipe = run.recipe
     train = prepare(run)["train"]
-    prompts = Prompts(run, train)
-    held = kinds(run.path / STAGE)
+    prompts = Prompts.of(run, train)
+    held, _ = answers_held(run.path / STAGE)
+    if answers_from is not None:
+        held = {**kinds(answers_from / STAGE), **held}
     launched = "http://launched.teacher/v1" if recipe.teacher.launch else None
     teacher = teacher_of(recipe.teacher, teacher_url or launched)
     requests = samples = inputs = 0

@@ -16,8 +16,8 @@ from shared.artifacts import read_json
 from shared.contracts import CUT_OFF
 from shared.errors import DataError
 from shared.harvest.budget import Account
-from shared.harvest.ledger import OK, kinds
-from student_trainer.harvest.stage import ACCOUNT, STAGE
+from shared.harvest.ledger import OK
+from student_trainer.harvest.stage import ACCOUNT, STAGE, answers_held
 from student_trainer.harvest.watch import FRESH_S, PROGRESS
 
 
@@ -26,7 +26,8 @@ def report(run: Path) -> str:
     if not (run / "run.json").is_file():
         raise DataError(f"{run} is no run directory (it has no run.json); give the directory that a stage wrote to")
     recipe, stage = read_json(run / "run.json").get("recipe", {}), run / STAGE
-    counted = Counter(kinds(stage).values())
+    held, elsewhere = answers_held(stage)
+    counted = Counter(held.values())
     wanted = _lines(run / "dataset" / "train.jsonl") * recipe.get("harvest", {}).get("samples", 0)
     answers, failed = counted[OK] + counted[CUT_OFF], {kind: n for kind, n in sorted(counted.items()) if kind not in (OK, CUT_OFF)}
     lines = [
@@ -34,6 +35,8 @@ def report(run: Path) -> str:
         f"answers   {answers} of {wanted or '?'}, {counted[CUT_OFF]} of them cut off",
         f"failed    {sum(failed.values())}{': ' if failed else ''}{', '.join(f'{n} {k}' for k, n in failed.items())}",
     ]
+    if elsewhere:
+        lines.append(f"besides   answers in {elsewhere}, which are not counted here")
     account = _account(stage / ACCOUNT)
     if account is not None:
         cost = f", cost {account.cost:.4g}" if recipe.get("teacher", {}).get("price") else ""

@@ -75,6 +75,51 @@ def test_a_complete_harvest_needs_no_teacher_any_more(tmp_path: Path, teacher: T
     assert harvest(file, out) == 0
 
 
+def test_another_run_takes_answers_over_and_asks_for_what_is_asked_otherwise(
+    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, first = recipe(tmp_path, teacher.url, prompts=11), tmp_path / "first"
+    harvest(file, first)
+    paid = len(teacher.bodies)
+    # trained otherwise: asked nothing, and not even whether the teacher is there
+    other = recipe(tmp_path, teacher.url, prompts=11, more="train: {epochs: 7}")
+    assert harvest(other, tmp_path / "other", "--dry-run", "--answers-from", str(first)) == 0
+    assert "0 requests for 0 of" in capsys.readouterr().out
+    assert harvest(other, tmp_path / "other", "--answers-from", str(first)) == 0
+    assert len(teacher.bodies) == paid
+    assert f"{11 * SAMPLES} answers taken over from {first}" in capsys.readouterr().out
+    assert sorted(lines(tmp_path / "other")) == sorted(lines(first))
+    found, expected = (manifest(run)["counts"] for run in (tmp_path / "other", first))
+    assert (found["requests"], expected["requests"]) == (0, 11)
+    assert {name: found[name] for name in ("prompts", "answers", "failed")} == {"prompts": 11, "answers": 11 * SAMPLES, "failed": {}}
+    # two rows more, and what is there already is not taken twice
+    more = recipe(tmp_path, teacher.url, prompts=13, more="train: {epochs: 7}")
+    assert harvest(more, tmp_path / "more", "--answers-from", str(first)) == 0
+    assert len(teacher.bodies) == paid + 2
+    assert harvest(more, tmp_path / "more", "--answers-from", str(first)) == 0
+    assert len(lines(tmp_path / "more")) == 13 * SAMPLES
+    # asked otherwise: nothing of it will do
+    warmer = recipe(tmp_path, teacher.url, prompts=11, harvest="temperature: 1.3")
+    capsys.readouterr()
+    assert harvest(warmer, tmp_path / "warmer", "--answers-from", str(first)) == 0
+    assert f"responses/teacher: 0 answers taken over from {first}" in capsys.readouterr().out
+    assert len(teacher.bodies) == paid + 2 + 11
+    assert len(lines(tmp_path / "warmer")) == 11 * SAMPLES
+
+
+def test_a_run_without_answers_this_run_itself_and_a_cluster_are_refused(
+    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = recipe(tmp_path, teacher.url), tmp_path / "run"
+    assert harvest(file, out, "--answers-from", str(tmp_path / "nothing")) == 2
+    assert "--answers-from" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
+    assert harvest(file, out, "--answers-from", str(out)) == 2
+    assert harvest(file, out, "--on", "local-cluster:2", "--answers-from", str(out)) == 2
+    assert "--answers-from: a harvest on a cluster takes none over" in capsys.readouterr().err
+    assert not teacher.bodies
+
+
 def test_a_harvest_that_is_killed_ends_with_the_lines_of_one_that_was_not_and_repeats_only_what_was_in_flight(
     tmp_path: Path, teacher: Teacher
 ) -> None:
