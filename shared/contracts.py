@@ -105,6 +105,8 @@ class Triplet(Contract):
     rejected_score: float
     chosen_weight: float = Field(1.0, gt=0)
     """Of the chosen response in the NLL, relative to the prompt's other chosen ones."""
+    rejected_cut_off: bool = False
+    """The rejected answer ended at the token limit: whoever said it did not end there."""
 
 
 class Prediction(Contract):

@@ -43,18 +43,30 @@ class Collator:
       response        (T,) the response, counted over the batch, of each of them
       weights         (R,) of each response in the NLL, 0 if it is not chosen
       shares          (R,) share of the teacher's samples that said it
+      chosen          (C,) which of the T tokens are of chosen responses
       pairs           (P, 2) indices of responses: chosen, rejected
       visits, mass, edges, edge_counts  the prefix tree of the teacher's samples, as `losses.prefix_tree_kl` reads it
+      reference       the batch of the chosen responses alone, where a frozen student is to score them; without this entry
       example_ids     list of B strings
       denominators    losses.Counts, what the batch adds to them
       cells           (real tokens, all cells)
     """
 
     def __init__(
-        self, kind: Kind, *, pad_token_id: int, start_token_id: int | None = None, with_rejected: bool = True, with_samples: bool = False
+        self,
+        kind: Kind,
+        *,
+        pad_token_id: int,
+        start_token_id: int | None = None,
+        with_rejected: bool = True,
+        with_samples: bool = False,
+        with_reference: bool = False,
     ) -> None:
         self.kind, self.pad_token_id, self._start = kind, pad_token_id, start_token_id
         self.with_rejected, self._with_samples = with_rejected, with_samples
+        self._of_chosen: Collator | None = None
+        if with_reference:
+            self._of_chosen = Collator(kind, pad_token_id=pad_token_id, start_token_id=start_token_id, with_rejected=False)
 
     def __call__(self, examples: Sequence[Packed]) -> dict[str, Any]:
         lay_out = self._decoder_row if self.kind == "decoder-only" else self._encoder_decoder_row
@@ -77,7 +89,7 @@ class Collator:
                 flat.add_prefix_tree(responses, counts)
             if self.with_rejected:
                 flat.pairs += [(first + place[c], first + place[r]) for c, r in example.pairs]
-        batch = flat.tensors() | {
+        batch: dict[str, Any] = flat.tensors() | {
             "segments": _padded([row.segments for row in laid], PADDING),
             "example_ids": [e.example_id for e in examples],
         }
@@ -92,6 +104,8 @@ class Collator:
                 "attention_mask": _padded([[1] * len(e.prompt) for e in examples], 0),
                 "decoder_input_ids": _padded([row.input_ids for row in laid], self.pad_token_id),
             }
+        if self._of_chosen is not None:
+            batch["reference"] = self._of_chosen(examples)
         # counted here, before a GPU has it, which would have to be waited for
         return batch | {"denominators": denominators(batch), "cells": cells(batch)}
 
@@ -173,6 +187,7 @@ class _Flat:
         integers = ("rows", "columns", "labels", "response", "pairs", "visits", "edges", "edge_counts")
         found = {name: torch.tensor(getattr(self, name), dtype=torch.int64) for name in integers}
         found |= {name: torch.tensor(getattr(self, name), dtype=torch.float32) for name in ("weights", "shares", "mass")}
+        found["chosen"] = found["weights"][found["response"]].nonzero().squeeze(1)
         return found | {name: found[name].view(-1, 2) for name in ("pairs", "edges")}
 
 

@@ -107,25 +107,33 @@ class Terms:
 def terms(logits: Tensor, batch: Mapping[str, Tensor], weights: Weights, *, reference: Tensor | None = None) -> Terms:
     """The sums of one batch.
 
-    logits: (T, vocabulary) at every predicted token; batch: as `collate.Collator` makes it; reference: logits of the frozen initial
-    student, needed where `weights.kl_reference` is not 0.
+    logits: (T, vocabulary) at every predicted token; batch: as `collate.Collator` makes it; reference: (C, vocabulary) logits of the
+    frozen initial student at the tokens of chosen responses, needed where `weights.kl_reference` is not 0.
     """
     logps = token_logps(logits, batch["labels"])
     sums = logps.new_zeros(len(batch["weights"])).index_add(0, batch["response"], logps)
-    lengths = torch.bincount(batch["response"], minlength=len(sums))
-    means = sums / lengths
+    means = sums / counted(batch["response"], sums)
     chosen_weights = batch["weights"].to(sums.dtype)
     better, worse = batch["pairs"][:, 0], batch["pairs"][:, 1]
     none = sums.new_zeros(())
     return Terms(
         nll=-(chosen_weights * sums).sum(),
         odds_ratio=(chosen_weights[better] * odds_ratio_loss(means[better], means[worse])).sum(),
-        kl_reference=none if reference is None else (chosen_weights[batch["response"]] * token_kl(logits, reference)).sum(),
+        kl_reference=none if reference is None else _kl_reference(logits, reference, batch["chosen"], chosen_weights[batch["response"]]),
         kl_teacher_sequence=sequence_kl(sums, batch["shares"].to(sums.dtype)) if weights.kl_teacher_sequence else none,
         kl_teacher_token=prefix_tree_kl(logits, batch, weights.pseudocount) if weights.kl_teacher_token else none,
         chosen=means[better].detach(),
         rejected=means[worse].detach(),
     )
+
+
+def _kl_reference(logits: Tensor, reference: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    return (weights[chosen] * token_kl(logits[chosen], reference)).sum()
+
+
+def counted(places: Tensor, like: Tensor) -> Tensor:
+    """How often each index of `like` (R,) stands in `places` (any length), int64. bincount says the same, but has a GPU waited for."""
+    return places.new_zeros(len(like)).index_add(0, places, torch.ones_like(places))
 
 
 def token_kl(logits: Tensor, reference: Tensor) -> Tensor:
@@ -149,7 +157,7 @@ def sequence_kl(sums: Tensor, shares: Tensor) -> Tensor:
     that met the token limit are left out before: the teacher is then the one that has finished within it.
     """
     said = shares > 0
-    return (shares[said] * (shares[said].log() - sums[said])).sum()
+    return torch.where(said, shares * (torch.where(said, shares, 1.0).log() - sums), 0.0).sum()
 
 
 def prefix_tree_kl(logits: Tensor, batch: Mapping[str, Tensor], pseudocount: float) -> Tensor:
@@ -172,7 +180,7 @@ def prefix_tree_kl(logits: Tensor, batch: Mapping[str, Tensor], pseudocount: flo
     divergence = said * said.log() - (said - smooth[token]) * logps[token, follows]
     divergence = logps.new_zeros(len(logps)).index_add(0, token, divergence)
     if pseudocount:
-        unsaid = vocabulary - torch.bincount(token, minlength=len(logps))
+        unsaid = vocabulary - counted(token, visits)
         divergence = divergence + smooth * (unsaid * smooth.log() - logps.sum(-1))
     return (batch["mass"].to(logps.dtype) * divergence).sum()
 

@@ -22,6 +22,8 @@ class Preferences:
     prompt: str
     responses: tuple[str, ...]
     """Each text once."""
+    ended: tuple[bool, ...]
+    """Whether whoever said it ended it: a rejected answer may have been cut off at the token limit."""
     weights: tuple[float, ...]
     """Of each response in the NLL: those of the chosen add up to 1, the others have 0."""
     counts: tuple[int, ...]
@@ -96,10 +98,12 @@ def _preferences(name: str, rows: Sequence[Triplet], said: Counter[str]) -> Pref
     responses = list(dict.fromkeys([*chosen, *(t.rejected for t in rows), *said]))
     place = {text: index for index, text in enumerate(responses)}
     total = sum(chosen.values())
+    unended = {t.rejected for t in rows if t.rejected_cut_off}.difference(chosen, said)
     return Preferences(
         name,
         rows[0].prompt,
         tuple(responses),
+        tuple(text not in unended for text in responses),
         tuple(chosen.get(text, 0.0) / total for text in responses),
         tuple(said[text] for text in responses),
         tuple(dict.fromkeys((place[t.chosen], place[t.rejected]) for t in rows)),
@@ -134,7 +138,7 @@ class Packer:
             if len(prompt) > self._max_prompt:
                 census.dropped["prompt_too_long"] += len(example.pairs)
                 continue
-            row = self._row(example, prompt, [self._response(text, census) for text in example.responses])
+            row = self._row(example, prompt, self._responses(example, census))
             census.dropped["equal_after_cut"] += len(example.pairs) - len(row.pairs)
             if row.pairs:
                 rows.append(row)
@@ -172,10 +176,19 @@ class Packer:
             return self._encoder.encode(GenerationRequest(messages=(Message(role="user", content=text),), n=1))
         return self._encoder.encode(GenerationRequest(prompt=text, n=1))
 
-    def _response(self, text: str, census: Census) -> tuple[int, ...]:
-        """Its token ids; the end of sequence only where the response was not cut, else the student would learn to stop there."""
-        ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if len(ids) < self._max_response:
-            return (*ids, self.tokenizer.eos_token_id)
-        census.cut_responses += 1
-        return ids[: self._max_response]
+    def _responses(self, example: Preferences, census: Census) -> list[tuple[int, ...]]:
+        """Their token ids; the end of sequence only where one was not cut, here or when it was said.
+
+        Behind a cut chosen response it would teach the student to stop there; behind a cut rejected one it would be scored as what
+        nobody has said, and found so unlikely that little is left to be lowered.
+        """
+        found = []
+        for text, ended in zip(example.responses, example.ended, strict=True):
+            ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if len(ids) >= self._max_response:
+                census.cut_responses += 1
+                ids = ids[: self._max_response]
+            elif ended or not ids:  # text of which no token is left scores as an answer that ends at once
+                ids = (*ids, self.tokenizer.eos_token_id)
+            found.append(ids)
+        return found

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as transformers_logging
 
-from shared.artifacts import Ledger, Run, canonical, new_directory, read_json, read_jsonl, sha256_bytes, write_json
+from shared.artifacts import Ledger, Run, canonical, read_json, read_jsonl, sha256_bytes, write_json
 from shared.contracts import Response, Triplet
 from shared.datasets.stage import prepare
 from shared.errors import TrainingError
@@ -25,11 +25,12 @@ from shared.prompts import zero_shot
 from shared.settings import TrainSettings
 from student_trainer.training.collate import Collator
 from student_trainer.training.losses import Weights
-from student_trainer.training.packing import Packer, group, samples_by_example
+from student_trainer.training.packing import Census, Packer, group, samples_by_example
 from student_trainer.training.record import LogRow, Recorder
 from student_trainer.training.rounds import checkpoint_stage, first_does, is_first, stage_name
 from student_trainer.training.student import ADAPTER, Student, load, native_bf16, padding_token, refuse_unless_packable
 from student_trainer.training.trainer import (
+    ANOTHER_RUN,
     TENSORBOARD,
     WEIGHTS,
     OrpoTrainer,
@@ -37,12 +38,19 @@ from student_trainer.training.trainer import (
     arguments,
     checkpoints,
     load_weights,
+    out_of_memory_told,
     remove_checkpoint,
+    weights_directory,
 )
-from student_trainer.training.validation import BEST, Answerer, ValidationRow, Validator, keep_weights
+from student_trainer.training.validation import BEST, Answerer, ValidationRow, Validator, best_validation, keep_weights
 from student_trainer.triplets.build import TEACHER
 from student_trainer.triplets.build import stage_name as triplets_stage
 from student_trainer.triplets.ranking import rouge_l
+
+NO_ROOM = (
+    "out of memory before the first step: the student does not fit (with train.kl_reference without LoRA it is there twice); begin in "
+    f"another --out {ANOTHER_RUN} with train.lora_rank, without train.kl_reference or with a smaller student.model"
+)
 
 
 def train(run: Run, number: int) -> None:
@@ -71,11 +79,16 @@ def train(run: Run, number: int) -> None:
             print(f"train: loading {recipe.student.model}", flush=True)
         first_does(lambda: None)  # the others read no checkpoint that is about to go
         bf16 = uses_bf16(settings, args.device)
-        student, tokenizer, reference = students(run, number, bf16=bf16, device=args.device)
+        with out_of_memory_told(lambda: NO_ROOM):
+            student, tokenizer, reference = students(run, number, bf16=bf16, device=args.device)
+            if not settings.fsdp:  # which shards it on its way there
+                student.to(args.device)
         packer = Packer(
             tokenizer, student.kind, max_prompt_tokens=settings.max_prompt_tokens, max_response_tokens=settings.max_response_tokens
         )
         rows, census = packer.pack(examples)
+        if is_first():
+            tell(census)
         collator = collator_for(student, tokenizer, settings)
         recorder = Recorder(ledgers.log) if ledgers else None
         on_row = recorder.record if recorder else lambda row: None
@@ -94,12 +107,18 @@ def train(run: Run, number: int) -> None:
         validator = validator_for(run, student, packer, collator, folder, ledgers.validations if ledgers else None, trainer.report)
         if validator:
             trainer.add_callback(validator)
-        trainer.add_callback(Checkpointing(folder, every_s=60 * settings.checkpoint_minutes, keep=settings.keep_checkpoints))
+        trainer.add_callback(
+            Checkpointing(
+                folder, every_s=60 * settings.checkpoint_minutes, every_steps=settings.checkpoint_steps, keep=settings.keep_checkpoints
+            )
+        )
         trainer.go_on()
         if not validator:
             keep_weights(student, folder)
         if stage and ledgers:
-            counts = {**asdict(census), **ledgers.counts(), **sizes(student), "device": str(args.device), "processes": args.world_size}
+            best = best_validation(folder)
+            counts = {**asdict(census), **ledgers.counts(), "best_validation": best.model_dump() if best else None, **sizes(student)}
+            counts |= {"device": str(args.device), "processes": args.world_size}
             if settings.fsdp:  # this process holds only parts of its weights
                 student, tokenizer, _ = students(run, number, bf16=bf16, device=torch.device("cpu"))
             load_weights(student, folder / BEST / WEIGHTS)
@@ -134,13 +153,19 @@ class Ledgers:
 
     def counts(self) -> dict[str, Any]:
         """What a manifest says of them."""
-        steps, validations = self.log.rows(), self.validations.rows()
-        best = max(validations, key=lambda row: (row.rouge_l, -row.step), default=None)
+        steps = self.log.rows()
         return {
             "padding_ratio": round(sum(row.padding_ratio for row in steps) / len(steps), 3),
             "last_step": steps[-1].model_dump(),
-            "best_validation": best.model_dump() if best else None,
         }
+
+
+def tell(census: Census) -> None:
+    """What is not trained on as it was given, if anything is not."""
+    if dropped := ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in census.dropped.items() if count):
+        print(f"train: {census.pairs} of {census.triplets} triplets; left out: {dropped} (train.max_prompt_tokens, max_response_tokens)")
+    if census.cut_responses:
+        print(f"train: {census.cut_responses} responses are longer than train.max_response_tokens and learnt without their end", flush=True)
 
 
 def sizes(student: Student) -> dict[str, int]:
@@ -197,6 +222,11 @@ def validator_for(
         )
     answer = Answerer(student, packer.tokenizer, collator.pad_token_id, recipe.evaluate.max_tokens, recipe.evaluate.stop)
     similarity = rouge_l()
+    if not any(similarity(e.summary or "", e.summary or "") for e in rows):
+        raise TrainingError(
+            "train.validate_every: ROUGE-L reads a-z and 0-9 alone, which no validation reference has, so that every student would score "
+            "0; give train.validate_every=0 to take the student after the last step"
+        )
 
     def score(answers: Sequence[str]) -> float:
         return sum(similarity(e.summary or "", text) for e, text in zip(rows, answers, strict=True)) / len(rows)
@@ -214,14 +244,18 @@ def validator_for(
 
 
 class Checkpointing(TrainerCallback):  # type: ignore[misc]
-    """Asks for a checkpoint when the last one is too long ago, and removes those that are too many."""
+    """Asks for a checkpoint when the last one is too long or too many steps ago, and removes those that are too many.
 
-    def __init__(self, folder: Path, *, every_s: float, keep: int) -> None:
-        self._folder, self._every_s, self._keep = folder, every_s, keep
+    Trainer's own setting of the steps would be that of the checkpoint gone on from, whatever the recipe says now.
+    """
+
+    def __init__(self, folder: Path, *, every_s: float, every_steps: int | None, keep: int) -> None:
+        self._folder, self._every_s, self._every_steps, self._keep = folder, every_s, every_steps, keep
         self._saved_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if first_does(lambda: time.monotonic() - self._saved_at >= self._every_s):
+        due = bool(self._every_steps) and state.global_step % self._every_steps == 0
+        if due or first_does(lambda: time.monotonic() - self._saved_at >= self._every_s):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -285,6 +319,7 @@ def collator_for(student: Student, tokenizer: Any, settings: TrainSettings) -> C
         start_token_id=student.model.config.decoder_start_token_id if student.kind == "encoder-decoder" else None,
         with_rejected=settings.orpo_lambda > 0,
         with_samples=settings.learns_samples,
+        with_reference=settings.kl_reference > 0,
     )
 
 
@@ -296,9 +331,9 @@ def save(student: Student, tokenizer: Any, folder: Path) -> list[Path]:
     made = [folder / "student"]
     if student.adapted is not None:
         made.append(folder / ADAPTER)
-        with new_directory(folder / ADAPTER) as temporary:
+        with weights_directory(folder / ADAPTER) as temporary:
             student.adapted.save_pretrained(temporary)
-    with new_directory(folder / "student") as temporary:
+    with weights_directory(folder / "student") as temporary:
         merged = student.merged()
         # what the base model's own adds, penalties for one, was neither trained with nor will it be evaluated or served
         start = merged.config.decoder_start_token_id if student.kind == "encoder-decoder" else None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
@@ -66,7 +67,7 @@ class Student(nn.Module):
         return found[:, 1 if self.kind == "encoder-decoder" else inputs["input_ids"].shape[1] :]
 
     def initial_logits(self, batch: dict[str, Any]) -> Tensor:
-        """(T, vocabulary) logits of the student before any LoRA: the reference of `kl_reference`. No gradient."""
+        """(T, vocabulary) logits of the student before any LoRA. No gradient."""
         with torch.no_grad(), self.adapted.disable_adapter():
             return self(batch)  # type: ignore[no-any-return]
 
@@ -118,8 +119,12 @@ def load(source: str | Path, settings: TrainSettings, *, bf16: bool, adapter: Pa
             )
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = auto.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, SafetensorError) as exc:
         raise TrainingError(f"student.model: cannot load {source}: {exc}") from exc
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        raise TrainingError(
+            f"student.model: the config.json of {source} has no decoder_start_token_id, with which every answer begins; set it"
+        )
     student = Student(model, "encoder-decoder" if config.is_encoder_decoder else "decoder-only", bf16=bf16)
     tell_truth_about_tying(model)
     turn_dropout_off(model)

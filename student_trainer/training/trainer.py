@@ -6,37 +6,42 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from shared.artifacts import new_directory, read_json, temporary_name
-from shared.errors import TrainingError
+from shared.errors import StorageError, TrainingError
 from shared.settings import TrainSettings
 from student_trainer.training.collate import Collator, LengthGrouped, blank
 from student_trainer.training.losses import Counts, Terms, Weights, terms
 from student_trainer.training.packing import Packed
 from student_trainer.training.record import LogRow
-from student_trainer.training.rounds import PATIENCE, several
+from student_trainer.training.rounds import PATIENCE, is_first, several
 from student_trainer.training.student import Student
 
 WEIGHTS = "trained.safetensors"
 """What a checkpoint holds of the weights: only those that training changes."""
+ANOTHER_RUN = "(with --answers-from and this run its teacher is asked nothing anew)"
 OUT_OF_MEMORY = (
-    "out of memory at step {step}; lower train.batch_size (and raise train.gradient_accumulation by as much: the result is the same), "
-    "train.max_prompt_tokens or triplets.max_rejected, or set train.activation_checkpointing=true, train.frozen_layers or "
-    "train.lora_rank. The last checkpoint is kept"
+    "out of memory at step {step}; go on with a lower train.batch_size (and train.gradient_accumulation raised by as much: the result is "
+    "the same) or with train.activation_checkpointing=true. The last checkpoint is kept. If that does not help: another --out "
+    f"{ANOTHER_RUN} with a lower train.max_prompt_tokens or triplets.max_rejected, with train.frozen_layers or train.lora_rank"
 )
-NOT_FINITE = "lower train.learning_rate or set train.precision=fp32. The last checkpoint is kept"
+NOT_FINITE = (
+    f"begin again in another --out {ANOTHER_RUN} with a lower train.learning_rate or train.precision=fp32. The last checkpoint is kept"
+)
 NEVER = 10**9
 TENSORBOARD = "tensorboard"
 
@@ -46,10 +51,17 @@ def arguments(
 ) -> TrainingArguments:
     """What `Trainer` must know of our settings. One device a process; `checkpoint-N` folders go to `output`.
 
-    Raises TrainingError for shards in a single process. make: called with all of it; another trainer's arguments are a subclass.
+    Raises TrainingError for shards in a single process and for reports that nobody takes. make: called with all of it; another trainer's
+    arguments are a subclass.
     """
     if settings.fsdp and not several():
         raise TrainingError("train.fsdp shards weights over several processes: start them with torchrun, or leave it out")
+    for name in settings.report_to:
+        try:
+            for taken in get_reporting_integration_callbacks([name]):
+                taken()
+        except (ValueError, RuntimeError, ImportError) as exc:
+            raise TrainingError(f"train.report_to: {name}: {exc}") from exc
     args = make(
         output_dir=str(output),
         num_train_epochs=settings.epochs,
@@ -64,8 +76,8 @@ def arguments(
         optim="adamw_torch_fused",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="steps",  # and after the last one
-        save_steps=settings.checkpoint_steps or NEVER,
+        save_strategy="steps",  # after the last one, and when `Checkpointing` asks for it
+        save_steps=NEVER,
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[name for name in settings.report_to if name != TENSORBOARD],  # whose folder is the stage's affair
@@ -93,13 +105,25 @@ def sums_of(found: Terms) -> Tensor:
     """(len(SUMS),) float64 of one micro-batch, left on its device: asking a GPU for a number means to wait for it."""
     of_terms = [getattr(found, name).detach() for name in TERMS]
     preferred = (found.chosen > found.rejected).sum()
-    rest = [torch.tensor(len(found.chosen)), preferred, found.chosen.sum(), found.rejected.sum()]
+    rest = [preferred.new_full((), len(found.chosen)), preferred, found.chosen.sum(), found.rejected.sum()]
     return torch.stack([value.to(sums_device(of_terms[0].device), torch.float64) for value in (*of_terms, *rest)])
 
 
 def sums_device(device: torch.device) -> torch.device:
     """Where float64 is: Apple's GPUs have none."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+class EpochOrder(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler which epoch it is. In an epoch that is gone on with it stands behind more wrappers than Trainer looks through where
+    there are several processes: they would take the first epoch's order.
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        batches.sampler.set_epoch(int(state.epoch or 0))
 
 
 class Resumable(Trainer):  # type: ignore[misc]
@@ -114,14 +138,16 @@ class Resumable(Trainer):  # type: ignore[misc]
             # accelerate would keep a whole copy in each without a word
             raise TrainingError("train.fsdp: weights are sharded over GPUs only, and these processes have none; leave it out (DDP)")
         self.remove_callback(PrinterCallback)
+        self.add_callback(EpochOrder)
         self.student, self._on_row, self._step_began = student, on_row, time.monotonic()
         self._writing_to = Path(self.args.output_dir or ".")
-        self._example_ids: list[str] = []
+        self._losses: list[tuple[Tensor, Sequence[str]]] = []
+        """Of the step's micro-batches so far, with the examples' ids."""
 
     def go_on(self) -> None:
         """Train to the end, from the last checkpoint if there is one. Raises TrainingError."""
         found = checkpoints(Path(self.args.output_dir))
-        try:
+        with out_of_memory_told(lambda: self.out_of_memory.format(step=self.state.global_step + 1)):
             if not found:
                 self.train()
                 return
@@ -130,39 +156,43 @@ class Resumable(Trainer):  # type: ignore[misc]
                 self.train(resume_from_checkpoint=str(found[-1]))
             else:  # killed between the last step, or an early stop, and the end of the stage
                 self._load_from_checkpoint(str(found[-1]))
-        except torch.OutOfMemoryError as exc:
-            raise TrainingError(self.out_of_memory.format(step=self.state.global_step + 1)) from exc
-        except RuntimeError as exc:
-            if "not enough memory" not in str(exc):  # a processor's allocator says it in words alone
-                raise
-            raise TrainingError(self.out_of_memory.format(step=self.state.global_step + 1)) from exc
 
     def _over_all_processes(self, rows: list[dict[str, float]]) -> dict[str, float]:
         """Each number summed over `rows` and over the processes."""
+        if self.args.world_size == 1:
+            return {name: sum(row[name] for row in rows) for name in rows[0]}
         sums = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64, device=sums_device(self.args.device)).sum(0)
         return dict(zip(rows[0], self.accelerator.reduce(sums, "sum").tolist(), strict=True))
 
-    def _refuse_unless_finite(self, loss: Tensor, example_ids: Sequence[str]) -> None:
-        """Raises TrainingError naming the examples."""
-        self._example_ids += example_ids
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, on examples {', '.join(example_ids)}; {NOT_FINITE}"
-            )
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """The norm of a step's gradient, once a step and before the weights are touched: a GPU is waited for here and not in between.
+
+        Raises TrainingError naming the examples if it is not finite, as it is not where a loss is not.
+        """
+        found = super()._get_grad_norm(model, grad_norm)
+        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
+        losses, self._losses = self._losses, []
+        if math.isfinite(norm):
+            return norm
+        failed = [(loss.item(), list(ids)) for loss, ids in losses if not torch.isfinite(loss)]
+        known = [id_ for _, ids in losses for id_ in ids]
+        if several():  # the norm is everybody's, so that all are here
+            failed, known = gather_object(failed), gather_object(known)
+        step = self.state.global_step + 1
+        if failed:
+            values = "/".join(sorted({str(value) for value, _ in failed}))
+            ids = [id_ for _, ids in failed for id_ in ids]
+            raise TrainingError(f"the loss is {values} at step {step}, on examples {_listed(ids)}; {NOT_FINITE}")
+        raise TrainingError(f"the gradient is not finite at step {step}, on examples {_listed(known)}; {NOT_FINITE}")
 
     def _complete(self, logs: dict[str, float], *, tokens: float, cells: float, **measured: float) -> None:
-        """Hand on a step's row: Trainer's own `logs`, and what was `measured` over all processes. Raises TrainingError."""
+        """Hand on a step's row: Trainer's own `logs`, and what was `measured` over all processes."""
         seconds = time.monotonic() - self._step_began
-        if not math.isfinite(logs.get("grad_norm", 0.0)):
-            raise TrainingError(
-                f"the gradient is not finite at step {self.state.global_step}, on examples {', '.join(self._example_ids)}; {NOT_FINITE}"
-            )
-        self._example_ids.clear()
         row = {
             "step": self.state.global_step,
             "epoch": self.state.epoch,
             "loss": logs["loss"],
-            "grad_norm": logs.get("grad_norm", 0.0),
+            "grad_norm": logs["grad_norm"],
             "learning_rate": logs["learning_rate"],
             "tokens_per_s": tokens / seconds,
             "padding_ratio": cells / tokens,
@@ -185,7 +215,7 @@ class Resumable(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write checkpoint-N whole or not at all."""
         name, first = f"checkpoint-{self.state.global_step}", self.args.should_save
-        whole = new_directory(Path(self.args.output_dir) / name) if first else contextlib.nullcontext(Path())
+        whole = weights_directory(Path(self.args.output_dir) / name) if first else contextlib.nullcontext(Path())
         with whole as temporary:
             self._writing_to = Path(broadcast_object_list([str(temporary)])[0])  # the first process's, made by now
             super()._save_checkpoint(model, trial)
@@ -251,14 +281,16 @@ class OrpoTrainer(Resumable):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """() a micro-batch's share of the loss. Raises TrainingError naming the examples if it is not finite."""
+        """() a micro-batch's share of the loss."""
         reference = None
         if self._weights.kl_reference:
+            alone = inputs["reference"]
             with torch.no_grad():
-                reference = self._reference(inputs) if self._reference is not None else self.student.initial_logits(inputs)
+                reference = self._reference(alone) if self._reference is not None else self.student.initial_logits(alone)
+                reference = reference[alone["chosen"]]  # a blank's token is of no chosen response
         found = terms(model(inputs), inputs, self._weights, reference=reference)
         loss = found.loss(self._weights, self._counts)
-        self._refuse_unless_finite(loss, inputs["example_ids"])
+        self._losses.append((loss.detach(), inputs["example_ids"]))
         self._sums += sums_of(found)
         whole: Tensor = loss * self.args.world_size
         return whole  # gradients are averaged over the processes, and the shares must be summed
@@ -288,9 +320,45 @@ class OrpoTrainer(Resumable):
 
 
 def whole_weights(student: Student) -> dict[str, Tensor]:
-    """The trained weights by name, each whole on this device: FSDP leaves a process only a part of each."""
-    weights = {name: p.detach() for name, p in student.trained().items()}
-    return {name: (w.full_tensor() if isinstance(w, DTensor) else w).contiguous() for name, w in weights.items()}
+    """The trained weights by name, each whole; of several processes all call it, and the first alone gets them.
+
+    FSDP leaves a process only a part of each: one after the other is put together and leaves the GPU again, which need not hold them all.
+    """
+    found = {}
+    for name, parameter in student.trained().items():
+        weight = parameter.detach()
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        if is_first():
+            found[name] = (whole.cpu() if isinstance(weight, DTensor) else whole).contiguous()
+    return found
+
+
+@contextlib.contextmanager
+def weights_directory(path: Path) -> Iterator[Path]:
+    """`new_directory` for what safetensors and torch write, which tell of a full disk by errors of their own. Raises StorageError."""
+    try:
+        with new_directory(path) as temporary:
+            yield temporary
+    except (SafetensorError, RuntimeError) as exc:
+        if isinstance(exc, RuntimeError) and not any(word in str(exc) for word in ("inline_container", "PytorchStreamWriter")):
+            raise
+        raise StorageError(f"{path} cannot be written: {str(exc).splitlines()[0]}; free some space and run the same command again") from exc
+
+
+@contextlib.contextmanager
+def out_of_memory_told(what: Callable[[], str]) -> Iterator[None]:
+    """Raises TrainingError with `what()` where torch finds no memory; a processor's allocator says that by its name, in any words."""
+    try:
+        yield
+    except RuntimeError as exc:
+        if not isinstance(exc, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(exc):
+            raise
+        raise TrainingError(what()) from exc
+
+
+def _listed(example_ids: Sequence[str]) -> str:
+    """The ids but those of blanks, which have none."""
+    return ", ".join(filter(None, example_ids))
 
 
 def load_weights(student: Student, file: Path) -> None:

@@ -21,7 +21,7 @@ from student_trainer.training.collate import Collator, LengthGrouped
 from student_trainer.training.packing import Kind, Packed
 from student_trainer.training.record import LogRow
 from student_trainer.training.student import Student
-from student_trainer.training.trainer import Resumable, arguments
+from student_trainer.training.trainer import ANOTHER_RUN, Resumable, arguments
 
 # both are read while trl is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -125,8 +125,9 @@ class TrlTrainer(Resumable, ORPOTrainer):  # type: ignore[misc]
     """
 
     out_of_memory = (
-        "out of memory at step {step}; lower train.batch_size or train.max_prompt_tokens, set train.activation_checkpointing=true, "
-        "train.frozen_layers or train.lora_rank, or train.trainer=packed, which needs less. The last checkpoint is kept"
+        "out of memory at step {step}; go on with a lower train.batch_size or with train.activation_checkpointing=true. The last "
+        f"checkpoint is kept. If that does not help: another --out {ANOTHER_RUN} with train.trainer=packed, which needs less, a lower "
+        "train.max_prompt_tokens, train.frozen_layers or train.lora_rank"
     )
 
     def __init__(self, student: Student, tokenizer: Any, pairs: TokenIds, args: ORPOConfig, *, on_row: Callable[[LogRow], None]) -> None:
@@ -168,9 +169,9 @@ class TrlTrainer(Resumable, ORPOTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """() the loss of a micro-batch. Raises TrainingError naming the examples if it is not finite."""
+        """() the loss of a micro-batch."""
         loss: Tensor = super().compute_loss(model, inputs)
-        self._refuse_unless_finite(loss, inputs["example_id"])
+        self._losses.append((loss.detach(), inputs["example_id"]))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

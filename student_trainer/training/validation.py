@@ -13,15 +13,20 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from shared.artifacts import Ledger, new_directory
+from shared.artifacts import Ledger, read_json, write_json
 from shared.contracts import Contract
 from student_trainer.training.rounds import is_first
 from student_trainer.training.student import Student
-from student_trainer.training.trainer import WEIGHTS, whole_weights
+from student_trainer.training.trainer import WEIGHTS, out_of_memory_told, weights_directory, whole_weights
 
 BEST = "best"
-"""The folder of the best weights so far."""
+"""The folder of the best weights so far, and of the validation that found them so."""
+VALIDATION = "validation.json"
 BATCH = 16
+OUT_OF_MEMORY = (
+    "out of memory while step {step} is validated; the last checkpoint is kept. Go on with a lower evaluate.max_tokens; if that does not "
+    "help, train.validate_every=0 in another --out takes the student after the last step"
+)
 
 
 class ValidationRow(Contract):
@@ -96,7 +101,9 @@ class Validator(TrainerCallback):  # type: ignore[misc]
         """
         self._answer, self._prompts, self._score = answer, prompts, score
         self._folder, self._ledger, self._every, self._patience = folder, ledger, every, patience
-        self._report, self._rows = report, ledger.rows() if ledger else []
+        self._report = report
+        self._rows = {row.step: row for row in ledger.rows()} if ledger else {}
+        self._best = best_validation(folder)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._epoch = state.epoch or 0.0
@@ -112,32 +119,45 @@ class Validator(TrainerCallback):  # type: ignore[misc]
         student.eval()
         # as many for each process, for under FSDP all of them work on every batch; what is answered twice is answered alike
         mine = [i % len(self._prompts) for i in range(process, -(-len(self._prompts) // processes) * processes, processes)]
-        answers = list(zip(mine, self._answer([self._prompts[i] for i in mine]), strict=True))
+        with out_of_memory_told(lambda: OUT_OF_MEMORY.format(step=step)):
+            answers = list(zip(mine, self._answer([self._prompts[i] for i in mine]), strict=True))
         if processes > 1:
             answers = gather_object(answers)
         student.train()
         row = ValidationRow(step=step, epoch=epoch, rouge_l=self._score([text for _, text in sorted(dict(answers).items())]))
-        earlier = [r for r in self._rows if r.step < step]
-        better = all(row.rouge_l > r.rouge_l for r in earlier)
-        best = step if better else max(earlier, key=lambda r: (r.rouge_l, -r.step)).step
-        since = sum(r.step > best for r in earlier) + (not better)
+        # with what is kept, which may be of a step after this one: one that was lost in a kill, and on a GPU never comes again to the bit
+        better = self._best is None or row.rouge_l > self._best.rouge_l
+        best = step if better or self._best is None else self._best.step
+        since = sum(best < other <= step for other in {*self._rows, step})
         better, stop = broadcast_object_list([better, self._patience is not None and since >= self._patience])
         if better:
-            keep_weights(student, self._folder)
+            self._best = row
+            keep_weights(student, self._folder, row)
         self._report({"validation_rouge_l": row.rouge_l}, seconds=time.monotonic() - begun)
         if self._ledger is not None:
             note = ", the best so far" if better else ""
             print(f"train: step {step}: validation ROUGE-L {100 * row.rouge_l:.1f} on {len(self._prompts)} rows{note}", flush=True)
-            if all(r.step != step for r in self._rows):  # after a kill the same step says the same again
+            if self._rows.get(step) != row:  # after a kill the same step says the same again, but on a GPU
                 self._ledger.append(row)
-                self._rows.append(row)
+            self._rows[step] = row
         if stop:
             control.should_training_stop = True
 
 
-def keep_weights(student: Student, folder: Path) -> None:
-    """Keep the trained weights as they are in folder/BEST, whole or not at all. All processes take part, the first one writes."""
+def keep_weights(student: Student, folder: Path, row: ValidationRow | None = None) -> None:
+    """Keep the trained weights as they are in folder/BEST, and with them their validation, whole or not at all.
+
+    All processes take part, the first one writes. Raises StorageError.
+    """
     weights = whole_weights(student)
     if is_first():
-        with new_directory(folder / BEST) as best:
+        with weights_directory(folder / BEST) as best:
             save_file(weights, best / WEIGHTS)
+            if row is not None:
+                write_json(best / VALIDATION, row.model_dump())
+
+
+def best_validation(folder: Path) -> ValidationRow | None:
+    """The validation of the weights that are kept in `folder`; None if there are none, or none that were validated."""
+    file = folder / BEST / VALIDATION
+    return ValidationRow.model_validate(read_json(file)) if file.exists() else None

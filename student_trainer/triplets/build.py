@@ -183,6 +183,7 @@ def _triplets(example: Example, pairs: Pairs, recipe: Recipe) -> list[Triplet]:
                 chosen_score=score,
                 rejected_score=rejected_score,
                 chosen_weight=score,
+                rejected_cut_off=rejected.cut_off,
             )
         )
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -76,14 +77,20 @@ def kill_at_its_first_checkpoint(arguments: list[str], run: Path) -> None:
     assert not (checkpoint(run) / "manifest.json").exists()
 
 
-def test_two_processes_that_are_killed_go_on_from_their_checkpoint_in_one(tmp_path):
-    model, rows = folder(tmp_path / "model"), triplets(count=16)
-    given = {**STEPS, "epochs": 20}
+def test_two_processes_that_are_killed_in_mid_epoch_go_on_from_their_checkpoint_in_two_and_in_one(tmp_path):
+    """Four steps an epoch, and the checkpoint is in the second one, which has an order of its own."""
+    model, rows = folder(tmp_path / "model"), triplets(count=32)
+    given = {**STEPS, "epochs": 10, "checkpoint_steps": 6}
     assert main(run_with(tmp_path / "one", model, rows, **given)) == 0
     arguments = run_with(tmp_path / "two", model, rows, **{**given, "batch_size": 4})
     kill_at_its_first_checkpoint(arguments, tmp_path / "two")
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
     assert main([*arguments, "--set", "train.batch_size=8"]) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
+    again = [*arguments[:-1], str(tmp_path / "again")]
+    done = subprocess.run(torchrun(again, 2), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
 
 
 def test_shards_are_refused_where_there_is_no_gpu_instead_of_being_copies_and_in_a_single_process(tmp_path, capsys):

@@ -163,13 +163,13 @@ def test_checkpoints_come_by_the_clock_and_the_oldest_go(tmp_path):
     state, control = TrainerState(), TrainerControl()
     for number in (1, 2, 10):
         (tmp_path / f"checkpoint-{number}").mkdir()
-    callback = training.Checkpointing(tmp_path, every_s=0.0, keep=2)
+    callback = training.Checkpointing(tmp_path, every_s=0.0, every_steps=None, keep=2)
     callback.on_save(None, state, control)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
     callback.on_step_end(None, state, control)
     assert control.should_save
     later = TrainerControl()
-    training.Checkpointing(tmp_path, every_s=60.0, keep=2).on_step_end(None, state, later)
+    training.Checkpointing(tmp_path, every_s=60.0, every_steps=None, keep=2).on_step_end(None, state, later)
     assert not later.should_save
 
 
@@ -179,6 +179,16 @@ def test_validation_without_references_is_refused_by_the_name_of_its_setting(tmp
     rows.write_text("".join(json.dumps({**json.loads(line), "summary": None}) + "\n" for line in rows.read_text().splitlines()))
     assert main(arguments) == 12
     assert "train.validate_every: no validation row has a reference" in capsys.readouterr().err
+
+
+def test_validation_by_references_that_rouge_l_cannot_read_is_refused_instead_of_taking_the_first_student(tmp_path, capsys):
+    arguments = answered_run(tmp_path / "run", folder(tmp_path / "model"), train={"validate_every": 1.0})
+    rows = tmp_path / "run" / "dataset" / "validation.jsonl"
+    rows.write_text(
+        "".join(json.dumps({**json.loads(line), "summary": "Τι είναι η ημικρανία;"}) + "\n" for line in rows.read_text().splitlines())
+    )
+    assert main(arguments) == 12
+    assert "train.validate_every: ROUGE-L reads a-z and 0-9 alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["kl_reference", "kl_teacher_sequence", "kl_teacher_token"])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from trained import folder, run_with, triplets
 
 from shared.cli import main
+from student_trainer.training import stage as training
 from student_trainer.training.trainer import WEIGHTS, checkpoints
 
 STEPS = 30 * 3
@@ -144,6 +145,21 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
     model = tiny_models.save_folder(tiny_models.tiny_llama(), tokenizer, tmp_path / "model")
     assert main(run_with(tmp_path / "run", model, triplets(), max_steps=2, validate_every=1.0, validation_rows=2)) == 0
     assert len(log(tmp_path / "run")) == 2
+
+
+def test_what_is_not_trained_on_as_it_was_given_is_told(tmp_path, capsys):
+    rows = triplets()
+    rows[0] = rows[0].model_copy(update={"prompt": " ".join(["w1"] * 60), "example_id": "long"})
+    assert main(run_with(tmp_path / "run", folder(tmp_path / "model"), rows, max_steps=1, max_prompt_tokens=40, max_response_tokens=4)) == 0
+    told = capsys.readouterr().out
+    assert "train: 11 of 12 triplets; left out: 1 prompt too long (train.max_prompt_tokens, max_response_tokens)" in told
+    assert "train: 6 responses are longer than train.max_response_tokens and learnt without their end" in told
+
+
+def test_a_student_for_which_there_is_no_memory_is_told_before_the_first_step(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "students", lambda *arguments, **options: torch.empty(10**15))
+    assert main(run_with(tmp_path / "run", folder(tmp_path / "model"), triplets())) == 12
+    assert "out of memory before the first step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def batch(**changes):
         "response": torch.tensor([0, 0, 1, 2, 2, 2]),
         "weights": torch.tensor([1.0, 0.0, 0.5]),
         "shares": torch.zeros(3),
+        "chosen": torch.tensor([0, 1, 3, 4, 5]),
         "pairs": torch.tensor([[0, 1]]),
     }
     return {**given, **changes}
@@ -122,10 +123,10 @@ def test_kl_to_the_reference_is_exact_over_the_vocabulary_and_zero_at_the_refere
 
 
 def test_kl_to_the_reference_counts_chosen_tokens_by_their_weight():
-    other = logits(FIFTH, HALF, HALF, FIFTH, QUARTER, QUARTER)
+    other = logits(FIFTH, HALF, FIFTH, QUARTER, QUARTER)
     found = terms(GIVEN, batch(), Weights(kl_reference=1.0), reference=other)
     one = sum(p * math.log(p / q) for p, q in zip(HALF, FIFTH, strict=True))
-    assert found.kl_reference.item() == pytest.approx(one + 0.5 * one)  # the rejected token, though different, counts nothing
+    assert found.kl_reference.item() == pytest.approx(one + 0.5 * one)  # the rejected token is not in it
 
 
 def test_each_kl_term_is_in_the_loss_by_its_weight_and_its_own_denominator():

@@ -274,10 +274,38 @@ def test_a_chat_prompt_is_rendered_by_the_template_and_a_t5_prompt_ends_with_eos
     assert plain[0].prompt == (5, 6, tiny_models.EOS)
 
 
+def test_a_question_that_spells_marks_of_the_template_ends_no_turn_and_begins_none():
+    plain, spelling = (packer("decoder-only").prompt(text) for text in ("w1 w2 w3", "w1 </s> <s> w2 w3"))
+    marks = (tiny_models.BOS, tiny_models.EOS)
+    assert [i for i in spelling if i in marks] == [i for i in plain if i in marks]
+
+
 def test_only_responses_that_were_not_cut_end_with_eos():
     rows, census = packer(max_response_tokens=3).pack(group([triplet(chosen="w1 w2", rejected="w1 w2 w3 w4")]))
     assert rows[0].responses == ((5, 6, tiny_models.EOS), (5, 6, 7))
     assert census.cut_responses == 1
+
+
+def test_a_rejected_answer_that_the_token_limit_cut_off_has_no_end_but_for_what_others_have_said():
+    cut = triplet(chosen="w1 w2", rejected="w3 w4", rejected_cut_off=True)
+    assert packer().pack(group([cut]))[0][0].responses == ((5, 6, tiny_models.EOS), (7, 8))
+    # what is chosen for the same prompt, or was said whole by the teacher, has its end
+    chosen = triplet(chosen="w3 w4", rejected="w9")
+    assert packer().pack(group([cut, chosen]))[0][0].responses[1] == (7, 8, tiny_models.EOS)
+    said = samples_by_example([answer(0, "w3 w4")])
+    assert packer().pack(group([cut], said))[0][0].responses[1] == (7, 8, tiny_models.EOS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_scores_chosen_responses_alone_and_as_among_the_others(kind):
+    rows = [*examples(3, 2, chosen=2), blank(examples(1)[0])]
+    batch = collator(kind, with_reference=True)(rows)
+    alone, model = batch["reference"], student(kind)
+    assert cells(alone)[0] < cells(batch)[0]
+    assert len(batch["chosen"]) == sum(len(ids) for row in rows[:3] for ids in row.responses[:2])
+    assert batch["labels"][batch["chosen"]].equal(alone["labels"][alone["chosen"]])
+    with torch.no_grad():
+        assert torch.allclose(model(batch)[batch["chosen"]], model(alone)[alone["chosen"]], atol=1e-9)
 
 
 def test_the_census_accounts_for_every_triplet():

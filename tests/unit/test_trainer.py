@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import resource
 
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import save_file
 from tiny_models import KINDS, collator, examples, gradients, loss_of, student
 
-from shared.errors import TrainingError
+from shared.errors import StorageError, TrainingError
 from shared.settings import TrainSettings
 from student_trainer.training.collate import LengthGrouped
 from student_trainer.training.losses import Weights
+from student_trainer.training.stage import Checkpointing
 from student_trainer.training.student import adapt, freeze_lowest, load, native_bf16
-from student_trainer.training.trainer import WEIGHTS, OrpoTrainer, arguments, checkpoints, load_weights, remove_checkpoint
+from student_trainer.training.trainer import (
+    WEIGHTS,
+    OrpoTrainer,
+    arguments,
+    checkpoints,
+    load_weights,
+    remove_checkpoint,
+    weights_directory,
+)
 
 
 def trainer(model, rows, folder, **settings):
@@ -31,6 +43,7 @@ def trainer(model, rows, folder, **settings):
         weights=Weights(orpo_lambda=chosen.orpo_lambda),
         on_row=log.append,
     )
+    made.add_callback(Checkpointing(folder, every_s=math.inf, every_steps=chosen.checkpoint_steps, keep=100))
     return made, log
 
 
@@ -130,29 +143,85 @@ def test_a_loss_that_is_not_finite_names_the_examples_and_keeps_the_checkpoint(t
     made._on_row = lambda row: (log.append(row), spoil(row) if row.step == 2 else None)
     with pytest.raises(TrainingError, match=r"the loss is nan at step 3, on examples e[01], e[01]"):
         made.train()
-    assert checkpoints(tmp_path)
+    assert [row.step for row in log] == [1, 2]
+    assert len(checkpoints(tmp_path)) == 2
 
 
 def test_a_gradient_that_is_not_finite_names_the_examples_of_its_step(tmp_path):
     model = student("decoder-only").float()
     made, log = trainer(model, examples(3), tmp_path, batch_size=2, gradient_accumulation=2, max_steps=3)
+    before = {name: weight.detach().clone() for name, weight in model.trained().items()}
     next(iter(model.trained().values())).register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(TrainingError, match=r"the gradient is not finite at step 1, on examples e\d, e\d, e\d; lower train\.learning_rate"):
+    with pytest.raises(
+        TrainingError, match=r"the gradient is not finite at step 1, on examples e\d, e\d, e\d; begin again in another --out"
+    ):
         made.train()
     assert not log
+    assert all(weight.equal(before[name]) for name, weight in model.trained().items())  # nobody validates or keeps a spoilt student
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")])
-def test_out_of_memory_says_which_settings_to_lower(error, tmp_path):
+def on_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("too_large", [on_a_gpu, lambda: torch.empty(10**15)])
+def test_out_of_memory_says_which_settings_to_lower(too_large, tmp_path):
     model = student("decoder-only").float()
     made, _ = trainer(model, examples(2), tmp_path, batch_size=2, max_steps=3)
-
-    def too_large(*inputs):
-        raise error
-
-    model.register_forward_pre_hook(too_large)
-    with pytest.raises(TrainingError, match=r"out of memory at step 1; lower train\.batch_size .* train\.activation_checkpointing=true"):
+    model.register_forward_pre_hook(lambda *inputs: too_large())
+    with pytest.raises(
+        TrainingError, match=r"out of memory at step 1; go on with a lower train\.batch_size .*activation_checkpointing=true"
+    ):
         made.go_on()
+
+
+def test_another_error_of_torch_passes_as_it_is(tmp_path):
+    model = student("decoder-only").float()
+    made, _ = trainer(model, examples(2), tmp_path, batch_size=2, max_steps=3)
+    model.register_forward_pre_hook(lambda *inputs: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        made.go_on()
+
+
+@pytest.mark.parametrize("write", [save_file, torch.save])
+def test_a_disk_that_is_full_is_told_and_leaves_what_was_there(write, tmp_path):
+    with weights_directory(tmp_path / "kept") as folder:
+        (folder / "before").touch()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with (
+            pytest.raises(StorageError, match=r"kept cannot be written: .*free some space"),
+            weights_directory(tmp_path / "kept") as folder,
+        ):
+            write({"w": torch.zeros(40_000)}, folder / "weights")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in (tmp_path / "kept").iterdir()] == ["before"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_steps_between_checkpoints_hold_from_the_next_start_on(tmp_path):
+    def until(step):
+        def stop(row):
+            if row.step == step:
+                raise InterruptedError
+
+        return stop
+
+    model = student("decoder-only").float()
+    for every, step, expected in ((3, 5, [3]), (1, 6, [3, 4, 5])):
+        made, _ = trainer(model, examples(8), tmp_path, batch_size=2, epochs=3, checkpoint_steps=every)
+        made._on_row = until(step)
+        with pytest.raises(InterruptedError):
+            made.go_on()
+        assert [int(found.name.removeprefix("checkpoint-")) for found in checkpoints(tmp_path)] == expected
+
+
+@pytest.mark.parametrize(("name", "reason"), [("wandbb", "not supported"), ("wandb", "wandb")])
+def test_reports_that_nobody_takes_are_refused_by_name(name, reason, tmp_path):
+    with pytest.raises(TrainingError, match=rf"train\.report_to: {name}: .*{reason}"):
+        arguments(TrainSettings(report_to=(name,)), tmp_path, seed=0)
 
 
 def test_activation_checkpointing_keeps_less_and_changes_nothing(tmp_path):
@@ -292,6 +361,19 @@ def test_a_model_of_absolute_positions_and_a_missing_folder_are_refused(tmp_path
         load(tmp_path, TrainSettings(), bf16=False)
     with pytest.raises(TrainingError, match=r"student\.model: cannot load"):
         load(tmp_path / "nothing", TrainSettings(), bf16=False)
+
+
+def test_damaged_weights_and_a_t5_without_a_start_token_are_refused(tmp_path):
+    torn = tiny_models.save_folder(tiny_models.tiny_llama(), tiny_models.tokenizer(appends_eos=False), tmp_path / "torn")
+    (torn / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(TrainingError, match=r"student\.model: cannot load"):
+        load(torn, TrainSettings(), bf16=False)
+    t5 = tiny_models.save_folder(tiny_models.tiny_t5(), tiny_models.tokenizer(appends_eos=True), tmp_path / "t5")
+    config = json.loads((t5 / "config.json").read_text())
+    del config["decoder_start_token_id"]
+    (t5 / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TrainingError, match=r"has no decoder_start_token_id, with which every answer begins"):
+        load(t5, TrainSettings(), bf16=False)
 
 
 def test_apple_processors_compute_in_float32():

@@ -311,6 +311,7 @@ def test_the_stage_writes_triplets_of_the_zero_shot_prompt_and_a_census(tmp_path
         assert t.prompt == zero_shot(run.recipe.task, rows[t.example_id].question)
         assert t.chosen == rows[t.example_id].summary
         assert t.rejected_source == "student"
+        assert t.rejected_cut_off
     manifest = run.manifest("triplets/r0")
     assert manifest is not None
     assert manifest.counts["rows"] == 20 == manifest.counts["kept"] + sum(manifest.counts["dropped"].values())
