@@ -14,14 +14,15 @@ from pydantic import ConfigDict, ValidationError
 from evaluator.metrics import bertscore
 from evaluator.scores import unanswered
 from evaluator.systems import DISTILLED, STUDENTS, TEACHERS, System, asks, prompt_sha256, round_name, sampling
-from shared.artifacts import Ledger, Run, read_json, read_jsonl, sha256_file
-from shared.collect import OfflineModel, answer_offline, answers
+from shared.artifacts import Ledger, Run, canonical, read_json, sha256_bytes, sha256_file
+from shared.collect import Answering, OfflineModel, answer_offline, answers, in_process
 from shared.contracts import Completion, Contract, Example, GenerationRequest, Manifest, Prediction, Response, ServingConfig
 from shared.errors import DataError, FailureClass, HarvestTooThin, StageOrder
 from shared.harvest.ask import Ask
 from shared.harvest.ledger import AnswerLedger
 from shared.harvest.scheduler import Limits, harvest
 from shared.harvest.teacher import Answer, Teacher
+from shared.models import stamped
 from shared.redact import Redaction
 from shared.settings import Recipe, SystemSettings
 
@@ -31,6 +32,9 @@ NOT_HEARD = ("unanswered", "no_text")
 """Failures of the way to a system, not of the system: scored as empty answers they would make it easy to beat."""
 CHUNK = 32
 """Prompts a local student answers at once: what is lost at most to a kill."""
+
+Elsewhere = Callable[[str], Answering]
+"""What answers chunks of prompts by a model, given by its reference or its serving folder."""
 
 
 @dataclass
@@ -156,20 +160,22 @@ def student_predictions(
     *,
     load_base: Callable[[], OfflineModel],
     load: Callable[[Path], OfflineModel],
+    elsewhere: Elsewhere | None = None,
 ) -> Collected:
     """Greedy answers of the base student, zero- and few-shot, of the distilled one after each round, and of other runs' students.
 
     load_base loads the base student, `load` that of a serving folder; one after the other, so that only one model is in memory.
+    `elsewhere`: answers instead of them, given a model reference or a serving folder.
     Raises EngineError, DataError, StageOrder for another run without an exported student, StorageError.
     """
     recipe, found = run.recipe, Collected()
-    base = f"{recipe.student.model}:{recipe.export.quantization}"
+    base = f"{stamped(recipe.student.model)}:{recipe.export.quantization}"
     named = {STUDENTS[0]: False, STUDENTS[1]: True}
     protocol = _protocol(run.path / "model" / "serving")
     found.add(
         _answered(
             run,
-            load_base,
+            elsewhere(recipe.student.model) if elsewhere else in_process(Student(load_base)),
             [
                 System(
                     name=name,
@@ -198,7 +204,8 @@ def student_predictions(
             protocol=_protocol(folder),
             few_shot=few_shot,
         )
-        return _answered(run, lambda: load(folder), [system], {name: wanted})
+        answering = elsewhere(str(folder.absolute())) if elsewhere else in_process(Student(lambda: load(folder)))
+        return _answered(run, answering, [system], {name: wanted})
 
     rounds = recipe.train.rounds
     for number in range(rounds - 1):
@@ -207,19 +214,19 @@ def student_predictions(
         if not is_servable(run, number):
             found.not_scored[name] = f"round {number + 1} was not sampled (sample.samples is 0), so its student was never made servable"
             continue
-        weights = _weights(run.manifest(stage), f"{stage}/serving/model.bin", run.path / stage)
+        weights = _content(run.manifest(stage), f"{stage}/serving/", run.path / stage)
         found.add(local(name, System(name=name, group="distilled", about=about, model=weights, decoding=_decoding(run)), folder))
     ours = System(
         name=DISTILLED,
         group="distilled",
         about="the student after training" if rounds == 1 else f"the student after all {rounds} rounds of training",
-        model=_weights(run.manifest("model"), "model/serving/model.bin", run.path / "model"),
+        model=_content(run.manifest("model"), "model/serving/", run.path / "model"),
         decoding=_decoding(run),
     )
     found.add(local(DISTILLED, ours, run.path / "model" / "serving"))
     for given in recipe.evaluate.systems:
         if given.run is not None:
-            system = _extra(run, given, f"the student of {given.run}", _weights_of(given), shots)
+            system = _extra(run, given, f"the student of {given.run}", _content_of(given), shots)
             found.add(local(given.name, system, given.run / "model" / "serving", few_shot=given.few_shot))
     return found
 
@@ -244,7 +251,7 @@ def file_predictions(test: Sequence[Example], given: SystemSettings) -> Collecte
     Rows of no test row are not read. Raises DataError for a file that is not there, not UTF-8 or not such lines.
     """
     assert given.predictions is not None
-    lines = read_jsonl(given.predictions, _Line)
+    lines = _lines(given.predictions)
     wanted = {e.id for e in test}
     of_test = [line for line in lines if line.example_id in wanted]
     if wrong := unanswered([line.example_id for line in of_test], [e.id for e in test]):
@@ -254,6 +261,25 @@ def file_predictions(test: Sequence[Example], given: SystemSettings) -> Collecte
         systems=[System(name=given.name, group="extra", about=f"the answers in {given.predictions}", model=str(given.predictions))],
         predictions=[Prediction(system=given.name, example_id=e.id, text=texts[e.id]) for e in test],
     )
+
+
+def _lines(file: Path) -> list[_Line]:
+    """As editors save them: with a mark of the byte order, with empty lines. Raises DataError."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other ends of lines
+    except OSError as exc:
+        raise DataError(f"{file}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{file}: not UTF-8: {exc.reason}") from exc
+    return [_line(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _line(line: str, place: str) -> _Line:
+    try:
+        return _Line.model_validate_json(line)
+    except ValidationError as exc:
+        error = exc.errors()[0]
+        raise DataError(": ".join([place, *(".".join(map(str, error["loc"])),) * bool(error["loc"]), error["msg"]])) from exc
 
 
 def _asked(
@@ -297,12 +323,12 @@ def _asked(
     return found
 
 
-def _answered(run: Run, load: Callable[[], OfflineModel], systems: Sequence[System], by_system: Mapping[str, Sequence[Ask]]) -> Collected:
-    """Answers of one model in this process."""
-    student, census = Student(load), {}
+def _answered(run: Run, answering: Answering, systems: Sequence[System], by_system: Mapping[str, Sequence[Ask]]) -> Collected:
+    """Answers of one model."""
+    census = {}
     for system, of_system in by_system.items():
         with _ledger(run, system) as ledger:
-            census[system] = answer_offline(student, of_system, ledger, chunk=CHUNK, what=system, seed=None).counts()
+            census[system] = answer_offline(answering, of_system, ledger, chunk=CHUNK, what=system, seed=None).counts()
     return Collected(list(systems), _predictions(run, by_system), census)
 
 
@@ -333,16 +359,16 @@ def _protocol(serving: Path) -> str:
         raise DataError(f"{file}: {exc.errors()[0]['loc']}: {exc.errors()[0]['msg']}; run `distill export` again") from exc
 
 
-def _weights(manifest: Manifest | None, path: str, folder: Path) -> str:
-    """What tells this student from one made before it: the hash of its weights."""
-    for file in manifest.outputs if manifest else ():
-        if file.path == path:
-            return f"sha256:{file.sha256}"
-    raise DataError(f"{folder}: its manifest names no serving/model.bin; run the stage that makes it again (`distill export`)")
+def _content(manifest: Manifest | None, serving: str, folder: Path) -> str:
+    """What tells this student from one made before it: the hash of all that is served: a tokenizer or a template changes answers too."""
+    files = {f.path.removeprefix(serving): f.sha256 for f in (manifest.outputs if manifest else ()) if f.path.startswith(serving)}
+    if "model.bin" not in files:
+        raise DataError(f"{folder}: its manifest names no serving/model.bin; run the stage that makes it again (`distill export`)")
+    return f"sha256:{sha256_bytes(canonical(files))}"
 
 
-def _weights_of(given: SystemSettings) -> str:
-    """The hash of the weights of another run's student."""
+def _content_of(given: SystemSettings) -> str:
+    """The same of another run's student."""
     assert given.run is not None
     file = given.run / "model" / "manifest.json"
     if not file.is_file():
@@ -351,7 +377,7 @@ def _weights_of(given: SystemSettings) -> str:
         manifest = Manifest.model_validate(read_json(file))
     except ValidationError as exc:
         raise DataError(f"{file}: not a readable manifest; run `distill export` there again") from exc
-    return _weights(manifest, "model/serving/model.bin", given.run / "model")
+    return _content(manifest, "model/serving/", given.run / "model")
 
 
 def _ledger(run: Run, system: str) -> Ledger[Response]:
@@ -399,7 +425,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
             except OSError as exc:
                 raise DataError(f"{given.predictions}: {exc.strerror}") from exc
         elif given.run is not None:
-            found[given.name] = _weights_of(given)
+            found[given.name] = _content_of(given)
     if recipe.evaluate.bertscore is not None:
         found["bertscore"] = bertscore.scorer(recipe.evaluate.bertscore)
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from evaluator.scores import Scored, compare
 from evaluator.significance import Comparison
-from evaluator.systems import DISTILLED
+from evaluator.systems import DISTILLED, TRIVIAL
 from shared.settings import PromoteSettings, Recipe
 
 
@@ -43,11 +43,16 @@ def decide(scored: Mapping[str, Scored], recipe: Recipe) -> Decision:
         failed.append(f"{rule.baseline} has failed to answer every test row, so nothing can be compared with it")
         lost = frozenset()
     ours, theirs = (scored[name].without(lost) for name in (DISTILLED, rule.baseline))
+    silent = sum(not text.strip() for text in theirs.texts)
+    if silent == len(theirs.texts) and rule.baseline in TRIVIAL:
+        failed.append(f"{rule.baseline} has nothing to say here, as where no train row has a reference: to be better than that is no gain")
     found = compare(ours, theirs, rule.metric, margin=rule.margin, resamples=recipe.evaluate.resamples, seed=recipe.evaluate.seed)
     if found.rows < rule.min_rows:
         failed.append(f"{found.rows} scored test rows: promote.min_rows is {rule.min_rows}")
     why = refusal(found, rule)
     left_out = f"; {len(lost)} rows on which {rule.baseline} failed to answer are left out" if lost else ""
+    if silent:
+        left_out += f"; {silent} answers of {rule.baseline} are empty"
     (failed if why else met).append((why or f"{in_numbers(found, rule)}: p is below {rule.alpha:g}") + left_out)
     for metric, allowed in rule.no_regression.items():
         measured = ours.metrics[metric]

@@ -136,22 +136,28 @@ def read(answer: str) -> Choice | None:
     """What an answer of the judge chooses; None if that cannot be read.
 
     Read are the word alone or as the first one ("A", "**B**", "Tie.", "A is better", "Answer: A") and MT-Bench's [[A]], [[B]], [[C]]
-    anywhere, if all of them say the same. Thoughts between <think> and </think> are passed over.
+    anywhere, if all of them say the same. Thoughts up to </think> are passed over, also where the server has begun them in the prompt; a
+    choice that is taken back further on is none.
     """
     answer = _THOUGHT.sub("", answer)
     if marks := {mark.upper() for mark in _MARK.findall(answer)}:
         return _CHOICES[marks.pop()] if len(marks) == 1 else None
     first = _FIRST.match(answer.strip()[:BEGINNING])
-    return _CHOICES[(first[1] or first[2]).upper()] if first else None
+    if first is None:
+        return None
+    choice = _CHOICES[(first[1] or first[2]).upper()]
+    others = "|".join({"A", "B"} - {choice})
+    taken_back = re.search(rf"\b(?:{others})\b[)\]}}*_\"'`]* (?:is (?:the )?(?:better|best|winner)|wins)\b", answer.strip()[first.end() :])
+    return None if taken_back else choice
 
 
 _CHOICES: dict[str, Choice] = {"A": "A", "B": "B", "TIE": "TIE", "C": "TIE"}
-_THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
+_THOUGHT = re.compile(r"^(?:\s*<think>.*?|(?:(?!<think>).)*)</think>", re.DOTALL)
 _MARK = re.compile(r"\[\[\s*(A|B|C|TIE)\s*\]\]", re.IGNORECASE)
 _FIRST = re.compile(
     r"[\W_]*(?:(?:the |my )?(?:final |better )?(?:answer|verdict|choice|winner)(?: is)?\W{1,4})?(?:answer |option )?(?:(A|B)|(?:a )?(TIE))"
     # an article is no choice, nor is the first of a list of choices
-    r"(?=[)\]}*_\"'`]*\s*(?:\Z|\n|[.,;!(]|-\s|is (?:the )?(?:better|winner)\b|wins\b|because\b))"
+    r"(?=[)\]}*_\"'`]*\s*(?:\Z|\n|[.,;!]|-\s|is (?:the )?(?:better|winner)\b|wins\b|because\b))"
     r"(?!\s*[,/|\n]\s*(?:or\s+)?(?:A|B|TIE)\s*(?:\Z|[\n,/|.]|or\b))",
     re.IGNORECASE,
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluator.promote import promote
-from shared.commands import open_run, stage_parser
+from shared.commands import cluster_options, open_run, stage_parser
 from shared.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> int:
         "--promote", action="store_true", help="go on as `distill promote` does, also after --score-only or when there was nothing to do"
     )
     parser.add_argument("--registry", type=Path, metavar="DIR", help="with --promote: where to; default: registry/ in the run")
+    cluster_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.registry and not arguments.promote:
         raise SettingsError("--registry says where to promote to: give --promote as well, or leave it out")
@@ -40,14 +42,17 @@ def main(argv: list[str]) -> int:
     elif is_complete(stage):
         print("evaluation: complete, nothing to do")
     else:
-        evaluate_all(run, stage, arguments.teacher_url)
+        evaluate_all(run, stage, arguments.teacher_url, on=arguments.on, workers=arguments.workers)
     if arguments.promote and not stays:
         promote(run, registry)
     return 0
 
 
-def evaluate_all(run: Run, stage: Stage, teacher_url: str | None) -> None:
-    """Ask every system of the recipe and score the answers. Raises as `evaluator.stage.evaluate` does."""
+def evaluate_all(run: Run, stage: Stage, teacher_url: str | None, *, on: str | None = None, workers: int | None = None) -> None:
+    """Ask every system of the recipe and score the answers, those of students on a cluster where `on` names one.
+
+    Raises as `evaluator.stage.evaluate` does.
+    """
     from evaluator.judge import judge_of
     from evaluator.stage import evaluate
     from shared.engines.local import LocalModel
@@ -55,7 +60,11 @@ def evaluate_all(run: Run, stage: Stage, teacher_url: str | None) -> None:
     from shared.models import serving_folder
     from shared.settings import read_secret
 
-    recipe = run.recipe
+    recipe, elsewhere = run.recipe, None
+    if on:
+        from shared.cluster import answer
+
+        elsewhere = partial(answer.elsewhere, on, quantization=recipe.export.quantization, workers=workers)
     evaluate(
         stage,
         open_teacher=lambda: teacher_of(recipe.teacher, teacher_url),
@@ -69,4 +78,5 @@ def evaluate_all(run: Run, stage: Stage, teacher_url: str | None) -> None:
             timeout_s=system.timeout_s,
         ),
         open_judge=judge_of,
+        elsewhere=elsewhere,
     )

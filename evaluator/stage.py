@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from evaluator.answers import (
     Collected,
+    Elsewhere,
     file_predictions,
     fingerprints,
     is_servable,
@@ -60,14 +61,15 @@ def evaluate(
     load: Callable[[Path], OfflineModel],
     open_system: Callable[[SystemSettings], Teacher],
     open_judge: Callable[[JudgeSettings], Teacher],
+    elsewhere: Elsewhere | None = None,
 ) -> None:
     """Let every system answer the test split, then score. What a ledger holds is not asked again, nor a model loaded for it.
 
-    load: of a serving folder. open_system: one of evaluate.systems with a URL. open_judge: evaluate.judge. Raises TeacherError,
-    HarvestTooThin, EngineError, DataError, LeakageError, SettingsError, StorageError.
+    load: of a serving folder. elsewhere: answers instead of loaded models. open_system: one of evaluate.systems with a URL. open_judge:
+    evaluate.judge. Raises TeacherError, HarvestTooThin, EngineError, DataError, LeakageError, SettingsError, StorageError.
     """
     run = stage.run
-    rows = prepare(run)
+    rows, read = prepare(run), fingerprints(stage.run.recipe)
     refuse_taken_names(run.recipe)
     _overlaps(run, rows)
     test, given = rows["test"], shots(run, rows["train"], run.recipe.task.shots)
@@ -91,7 +93,7 @@ def evaluate(
     for more in extra:
         if more.url is not None:
             found.add(url_predictions(run, test, given, more, open_system=partial(open_system, more)))
-    found.add(student_predictions(run, test, given, load_base=load_base, load=load))
+    found.add(student_predictions(run, test, given, load_base=load_base, load=load, elsewhere=elsewhere))
     for name in wanted:
         if name in found.not_scored:
             raise TeacherUnavailable(f"{name} is to be compared with: {found.not_scored[name]}")
@@ -110,7 +112,7 @@ def evaluate(
     if settings.bertscore is not None:
         references = {e.id: e.summary for e in test if e.summary is not None}
         answered["bertscore"] = bertscore.write_scores(stage.path / BERTSCORE, settings.bertscore, predictions, references)
-    _report(stage, rows, answered=answered)
+    _report(stage, rows, answered=answered, read=read)
 
 
 def _texts(predictions: Sequence[Prediction], test: Sequence[Example]) -> tuple[list[Example], dict[str, list[str]]]:
@@ -145,7 +147,8 @@ def score_again(stage: Stage) -> None:
         file = run.path / output.path
         if file.name not in REPORTS and (not file.is_file() or sha256_file(file) != output.sha256):
             raise StageOrder(f"{file} is not what the evaluation wrote: {again}")
-    _report(stage, prepare(run), answered=manifest.counts.get("answers", {}))
+    # what files and other runs hold now was not answered by: as before, an evaluation of them is out of date
+    _report(stage, prepare(run), answered=manifest.counts.get("answers", {}), read=manifest.counts.get("given", {}))
 
 
 def _asking(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,17 +189,27 @@ def _overlaps(run: Run, rows: Rows) -> list[Overlap]:
     """Test rows that this run, or another one whose student is evaluated, has learned from. Raises LeakageError."""
     found = overlaps(rows)
     for given in run.recipe.evaluate.systems:
-        file = given.run / "dataset" / "train.jsonl" if given.run is not None else None
-        if file is not None and file.is_file():
-            theirs = overlaps({"train": read_jsonl(file, Example), "test": rows["test"]})
+        if given.run is not None:
+            seen: dict[Split, list[Example]] = {}
+            for split in ("train", "validation"):
+                file = given.run / "dataset" / f"{split}.jsonl"
+                if not file.is_file():
+                    raise DataError(
+                        f"evaluate.systems: {given.name}: {file} is not there, so nobody can tell whether its student has seen the test "
+                        "rows; put it back, or score its answers as a file of predictions"
+                    )
+                seen[split] = read_jsonl(file, Example)
+            theirs = overlaps({**seen, "test": rows["test"]})
             known = {overlap.test_id for overlap in found}
             found += [o.model_copy(update={"other_id": f"{given.name}: {o.other_id}"}) for o in theirs if o.test_id not in known]
     refuse_overlaps(found, run.recipe.evaluate.allow_overlap)
     return found
 
 
-def _report(stage: Stage, rows: Rows, *, answered: Mapping[str, Any]) -> None:
-    """Write the reports, finish the stage, print the table. `answered`: the census of answers by system."""
+def _report(stage: Stage, rows: Rows, *, answered: Mapping[str, Any], read: Mapping[str, str]) -> None:
+    """Write the reports, finish the stage, print the table. `answered`: the census of answers by system; `read`: the `fingerprints` of
+    what was read before the answers.
+    """
     run, evaluated = stage.run, evaluated_systems(stage.run)
     found = _overlaps(run, rows)
     scored = scores_of(run, rows["test"])
@@ -222,7 +235,7 @@ def _report(stage: Stage, rows: Rows, *, answered: Mapping[str, Any]) -> None:
     stage.finish(
         [*(stage.path / name for name in (*kept, *REPORTS)), stage.path / "answers"],
         settings=evaluation_settings(run.recipe),
-        counts={"test_rows": report.test_rows, "answers": dict(answered), "given": fingerprints(run.recipe)},
+        counts={"test_rows": report.test_rows, "answers": dict(answered), "given": dict(read)},
     )
     print(table(report))
     print(f"report: {stage.path / 'report.html'}")

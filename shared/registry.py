@@ -293,9 +293,9 @@ def _attach(folder: Path, attachments: Sequence[Path | tuple[str, str]]) -> bool
 
 def rollback(registry: Path, *, reason: str = "asked for") -> Promoted:
     """End the canary if there is one, and nothing else; else serve again what was served before the current version. Asked again, it
-    goes back one further. Returns what is served after it.
+    goes back one further. A version that is gone or damaged is passed over, which the reason tells. Returns what is served after it.
 
-    Raises PromotionRefused if nothing was, DataError if that version is damaged, StorageError while another process writes the
+    Raises PromotionRefused if nothing was, DataError if no version before it is whole, StorageError while another process writes the
     registry; what is served stays served.
     """
     if current(registry) is None:
@@ -307,14 +307,24 @@ def rollback(registry: Path, *, reason: str = "asked for") -> Promoted:
             return served
         if served is None or not served.served_before:
             raise PromotionRefused(f"{registry}: nothing was served before version {served and served.version}; it stays served")
-        *earlier, version = served.served_before
-        before = _read(registry / "versions" / version / "promoted.json", Promoted, "promote again")
-        if before is None:
-            raise DataError(f"{registry}: version {version} is gone; {served.version} stays served")
-        verify(registry, before)
-        promoted = before.model_copy(update={"promoted_at": now(), "served_before": tuple(earlier)})
-        _serve(registry, events, promoted, "rolled back", f"from {served.version}: {reason}")
-        return promoted
+        lost: list[str] = []
+        for place in reversed(range(len(served.served_before))):
+            version = served.served_before[place]
+            if version == served.version:  # promoted twice, and what was between them is lost: to serve it again would change nothing
+                continue
+            try:
+                before = _read(registry / "versions" / version / "promoted.json", Promoted, "promote again")
+                if before is None:
+                    raise DataError(f"version {version} is gone")
+                verify(registry, before)
+            except DataError as exc:
+                lost.append(str(exc))
+                continue
+            promoted = before.model_copy(update={"promoted_at": now(), "served_before": served.served_before[:place]})
+            told = "; ".join([f"from {served.version}: {reason}", *(f"passed over: {why}" for why in lost)])
+            _serve(registry, events, promoted, "rolled back", told)
+            return promoted
+        raise DataError(f"{registry}: {'; '.join(lost)}; {served.version} stays served: promote another run to replace it")
 
 
 def record_refusal(registry: Path, *, reason: str, run: str, scores: Mapping[str, float]) -> None:
@@ -393,10 +403,10 @@ def _mend(registry: Path, events: Ledger[Event], served: Promoted | None) -> Non
     told = events.rows()
     if served and not any(e.at == served.promoted_at and e.version == served.version for e in told):
         _end_canary(registry)  # a canary that is there is of before
-        previous = told[-1].version if told else None
-        # what is promoted has the one before behind it, or was promoted anew with other scores
-        forward = served.served_before[-1:] == ((previous,) if previous else ()) or served.version == previous
-        events.append(_event(served, "promoted" if forward else "rolled back", KILLED))
+        # a promotion writes its moment beside the version, too, a rollback does not
+        found = versions(registry).get(served.version)
+        promoted = isinstance(found, Promoted) and found.promoted_at == served.promoted_at
+        events.append(_event(served, "promoted" if promoted else "rolled back", KILLED))
         return
     tried = canary(registry)
     last = next((event for event in reversed(told) if event.what != "refused"), None)
@@ -461,7 +471,10 @@ def _serve(registry: Path, events: Ledger[Event], promoted: Promoted, what: Lite
     write_atomic(registry / "current.json", promoted.model_dump_json(indent=2) + "\n")
     # for readers the line above has ended the canary; before it a kill would end the canary and promote nothing
     _end_canary(registry)
-    events.append(_event(promoted, what, reason))
+    try:
+        events.append(_event(promoted, what, reason))
+    except StorageError as exc:  # the next writer adds the line
+        raise StorageError(f"version {promoted.version} is served now, and the history could not be told: {exc}") from exc
 
 
 def _event(promoted: Promoted, what: Literal["promoted", "rolled back"], reason: str) -> Event:

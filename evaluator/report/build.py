@@ -108,6 +108,11 @@ def _notes(run: Run, test: Sequence[Example], evaluated: Evaluated, scored: Mapp
     began = read_json(run.path / "run.json").get("recipe", {}).get("promote")
     if began != rule.model_dump(mode="json"):
         notes.append("The rule of promotion is not the one that the run began with (run.json): it may have been chosen by the outcome.")
+    if (read := scored[REFERENCE].value("rouge1")) < 0.999:
+        notes.append(
+            f"ROUGE reads the letters a-z and digits alone: the references themselves reach {100 * read:.1f} of 100 points in ROUGE-1, so "
+            "that it says little here; chrF reads all letters (promote.metric=chrf)."
+        )
     if short := too_short(test):
         notes.append(f"{short} of {len(test)} test questions have fewer than 8 words: near copies of them are not looked for.")
     if row_metric(metric) != metric:

@@ -79,6 +79,7 @@ def _json_lines(text: str, named: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _csv_records(text: str, named: str) -> Iterator[tuple[str, dict[str, Any]]]:
     # strict: a lone quotation mark would otherwise swallow the rest of the file into one field
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(lines, [])

@@ -1,9 +1,10 @@
 """Whether test rows share text with rows that were learned from, chosen by or shown: what was seen before measures memory.
 
 Two kinds are told. Equal: the question or the summary of both is the same after `normalise`. Near: at least half of the test question's
-word 8-grams stand in one question of another split. On MeQSum a few real copies have shares above 0.85 and all other rows below 0.15,
-most of it phrases of politeness; single shared n-grams, as in the 13-gram rule of Brown et al. (2020), would tell these apart no better.
-Summaries are not compared by n-grams: many questions are rightly summarised by one phrase with another word in it.
+word 8-grams stand in one question of another split, or that question stands as good as whole in the test question. On MeQSum a few real
+copies have shares above 0.85 and all other rows below 0.15, most of it phrases of politeness; single shared n-grams, as in the 13-gram
+rule of Brown et al. (2020), would tell these apart no better. Summaries are not compared by n-grams: many questions are rightly summarised
+by one phrase with another word in it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from shared.errors import LeakageError
 
 ORDER = 8
 NEAR = 0.5
+WHOLE, LEAST = 0.9, 10
+"""Of another question's n-grams, and how many: it stands as good as whole in a longer test question."""
 SHOWN = 10
 
 
@@ -39,8 +42,8 @@ def overlaps(rows: Mapping[Split, Sequence[Example]]) -> list[Overlap]:
     questions = {normalise(e.question): e.id for e in test}
     summaries = defaultdict(list)
     for example in test:
-        if example.summary is not None:
-            summaries[normalise(example.summary)].append(example.id)
+        if example.summary is not None and (said := normalise(example.summary)):  # signs alone say nothing that another could repeat
+            summaries[said].append(example.id)
     grams = {e.id: _grams(normalise(e.question)) for e in test}
     holders = defaultdict(list)
     for test_id, of_row in grams.items():
@@ -61,11 +64,13 @@ def overlaps(rows: Mapping[Split, Sequence[Example]]) -> list[Overlap]:
             for i in summaries.get(normalise(other.summary), ()) if other.summary is not None else ():
                 note(Overlap(test_id=i, other_id=other.id, split=split, kind="summary", share=1.0))
             shared: dict[str, int] = defaultdict(int)
-            for gram in _grams(question):
+            mine = _grams(question)
+            for gram in mine:
                 for i in holders.get(gram, ()):
                     shared[i] += 1
             for i, count in shared.items():
-                if (share := count / len(grams[i])) >= NEAR:
+                share = count / len(grams[i])
+                if share >= NEAR or (count >= LEAST and count / len(mine) >= WHOLE):
                     note(Overlap(test_id=i, other_id=other.id, split=split, kind="near-question", share=round(share, 4)))
     return [found[e.id] for e in test if e.id in found]
 

@@ -50,10 +50,13 @@ class Dataset:
 
 
 def normalise(text: str) -> str:
-    """`text` as it is compared: NFKC, case folded, every run of other than letters, digits and marks one blank.
+    """`text` as it is compared: NFKC, case folded, without signs that nobody sees (a soft hyphen, a zero-width blank), every run of other
+    than letters, digits and marks one blank.
 
     Two texts are the same for the removal of duplicates and for decontamination exactly when this is equal.
     """
+    # first, for NFKC joins what they keep apart
+    text = text.translate({ord(c): None for c in set(text) if unicodedata.category(c) == "Cf"})
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     # Marks (M) count as parts of words: without its vowel signs a Hindi word would equal another one.
     return " ".join(text.translate({ord(c): " " for c in set(text) if unicodedata.category(c)[0] not in "LNM"}).split())
@@ -84,11 +87,13 @@ def make_splits(name: str, rows: Sequence[Row], settings: DatasetSettings, sourc
         question, key = clean(row.question), normalise(row.question)
         if not key:
             dropped["empty question"] += 1
-        elif key in unique:
+            continue
+        summary = clean(row.summary or "", one_line=True) or None
+        if key in unique:
             dropped["duplicate question"] += 1
-        else:
-            summary = clean(row.summary or "", one_line=True)
-            unique[key] = (row.id or f"{name}-{_digest(key)[:12]}", question, summary or None)
+            if unique[key][2] is not None or summary is None:
+                continue  # but one that brings the reference takes the place of one without
+        unique[key] = (row.id or f"{name}-{_digest(key)[:12]}", question, summary)
     if not unique:
         raise DataError(f"{source.location}: no row has a question ({len(rows)} rows read); give a file with texts to learn from")
     ordered = sorted(unique, key=lambda key: _digest(f"{settings.seed}\n{key}"))

@@ -162,6 +162,20 @@ def test_usage_can_be_left_out() -> None:
     assert "usage" not in posted(PLAIN, with_usage=False).json()
 
 
+def test_an_error_nobody_foresaw_ends_a_stream_as_one_that_failed_and_is_told_to_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    answer = posted(CHAT, {"stream": True}, Engine("some ", "words ", error=Exception("words that the engine decoded")))
+    assert answer.status_code == 200
+    *_, last = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    assert json.loads(last)["error"]["type"] == "server_error"
+    assert "decoded" not in answer.text
+    assert "decoded" not in caplog.text
+    (told,) = [record.fields for record in caplog.records if record.message == "request"]  # type: ignore[attr-defined]
+    assert told["reason"] == "error"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_the_work_for_it_and_gives_back_what_it_held(stream: bool) -> None:
     engine = Engine()

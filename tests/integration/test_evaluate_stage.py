@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,13 +16,14 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from evaluated import FakeStudent, FakeTeacher, export, exported_run
+from evaluated import SERVING, FakeStudent, FakeTeacher, export, exported_run
 
 from evaluator.report.contract import Report
 from evaluator.run import main
 from evaluator.stage import evaluate, is_complete, score_again
 from evaluator.systems import ALWAYS, TRIVIAL
 from shared.artifacts import Run, canonical, read_jsonl, write_jsonl
+from shared.collect import answered_by
 from shared.contracts import Prediction, Response
 from shared.datasets.stage import prepare
 from shared.errors import DataError, EngineError, LeakageError, RequestRefused, SettingsError, StageOrder, TeacherFailed, TeacherUnavailable
@@ -38,7 +40,7 @@ def references(run):
     return {zero_shot(run.recipe.task, e.question): e.summary for e in prepare(run)["test"]}
 
 
-def run_stage(run, *, teacher=None, base=None, distilled=None, others=(), systems=(), judge=None):
+def run_stage(run, *, teacher=None, base=None, distilled=None, others=(), systems=(), judge=None, elsewhere=None):
     """Evaluate with fakes; a fake that is not given must not be needed. others: by serving folder; systems: by name."""
     students = {run.path / "model" / "serving": distilled, **dict(others)}
     evaluate(
@@ -48,7 +50,27 @@ def run_stage(run, *, teacher=None, base=None, distilled=None, others=(), system
         load=lambda folder: students[folder] or unasked(),
         open_system=lambda system: dict(systems)[system.name],
         open_judge=lambda settings: judge or unasked(),
+        elsewhere=elsewhere,
     )
+
+
+def test_students_that_answer_elsewhere_are_asked_by_their_reference_and_loaded_nowhere(tmp_path):
+    run, here = exported_run(tmp_path / "there"), exported_run(tmp_path / "here")
+    right, asked = references(run), []
+    students = {
+        run.recipe.student.model: FakeStudent(lambda prompt: "What is it?"),
+        str(run.path / "model" / "serving"): FakeStudent(right.get),
+    }
+
+    def elsewhere(reference):
+        asked.append(reference)
+        return lambda chunks: [answered_by(students[reference], chunk) for chunk in reversed(chunks)]
+
+    run_stage(run, teacher=FakeTeacher(lambda prompt: right[prompt]), elsewhere=elsewhere)
+    run_all(here)
+    assert asked == list(students)
+    theirs, ours = (read_jsonl(r.path / "evaluation" / "predictions.jsonl", Prediction) for r in (run, here))
+    assert theirs == ours
 
 
 def run_all(run):
@@ -145,6 +167,22 @@ def test_a_newly_exported_student_answers_anew_and_the_others_are_not_asked_agai
     assert not run.stage("evaluation", ["dataset", "model"]).complete
     run_stage(run, distilled=FakeStudent(lambda prompt: "no idea"))
     assert value(run, "distilled") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("tokenizer.json", '{"lowercase": true}'), ("serving.json", json.dumps({**SERVING, "max_input_tokens": 256}))],
+)
+def test_the_same_weights_served_with_another_tokenizer_or_other_settings_answer_anew(run, file, content):
+    run_all(run)
+    before = report(run)["systems"]["distilled"]
+    model = run.path / "model"
+    (model / "serving" / file).write_text(content)
+    run.stage("model").finish([model / "README.md", model / "serving"], settings={})
+    student = FakeStudent(lambda prompt: "no idea")
+    run_stage(run, distilled=student)  # and nobody else is asked
+    assert len(student.asked) == 40
+    assert (before["scores"]["rougeL"]["value"], value(run, "distilled")) == (pytest.approx(1.0), 0.0)
 
 
 def test_refused_empty_and_too_long_prompts_score_zero_and_are_counted(run):
@@ -295,7 +333,12 @@ def test_a_file_without_exactly_one_answer_to_each_row_is_not_scored_and_the_row
 
 @pytest.mark.parametrize(
     ("content", "why"),
-    [(b"\xff\xfe", "not UTF-8"), (b'{"example_id": "a"}\n', "line 1: text"), (None, "No such file")],
+    [
+        (b"\xff\xfe", "not UTF-8"),
+        (b'{"example_id": "a"}\n', "line 1: text"),
+        (b'\xef\xbb\xbf{"example_id": "a", "text": "\xe2\x80\xa8"}\r\n\r\n{"example_id": "b", "te\r\n', "line 3: .*Invalid JSON"),
+        (None, "No such file"),
+    ],
 )
 def test_a_file_that_cannot_be_read_ends_the_evaluation_before_anybody_is_asked(run, tmp_path, content, why):
     if content is not None:
@@ -393,6 +436,33 @@ def test_another_content_of_a_predictions_file_makes_the_evaluation_anew(run, tm
     assert not is_complete(run.stage("evaluation", ["dataset", "model"]))
 
 
+def test_scores_computed_again_do_not_pass_for_an_evaluation_of_a_file_that_has_changed_and_need_it_no_more(run, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps({"example_id": e.id, "text": "What?"}) + "\n" for e in prepare(run)["test"]))
+    run = reopened(run, systems=[{"name": "theirs", "predictions": file}])
+    run_stage(run, **answering(run))
+    stage, scored = run.stage("evaluation", ["dataset", "model"]), report(run)["systems"]["theirs"]
+    file.write_text(file.read_text().replace("What?", "What is it?"))
+    assert not is_complete(stage)
+    score_again(stage)
+    assert not is_complete(stage)
+    file.unlink()
+    score_again(stage)
+    assert report(run)["systems"]["theirs"] == scored
+
+
+def test_a_predictions_file_is_read_as_an_editor_of_another_system_saves_it(run, tmp_path):
+    ids = [e.id for e in prepare(run)["test"]]
+    said = ["What is it?\u2028Is it serious?", *("What?" for _ in ids[1:])]
+    lines = [json.dumps({"example_id": i, "text": text}, ensure_ascii=False) for i, text in zip(ids, said, strict=True)]
+    lines.insert(1, "")
+    (tmp_path / "answers.jsonl").write_bytes("\r\n".join([*lines, ""]).encode("utf-8-sig"))
+    run = reopened(run, systems=[{"name": "theirs", "predictions": tmp_path / "answers.jsonl"}])
+    run_stage(run, **answering(run))
+    predictions = read_jsonl(run.path / "evaluation" / "predictions.jsonl", Prediction)
+    assert [p.text for p in predictions if p.system == "theirs"] == said
+
+
 def test_a_teacher_that_was_not_heard_on_every_row_is_not_scored_and_as_baseline_ends_the_evaluation(tmp_path):
     run = exported_run(tmp_path / "run", teacher={"launch": {"engine": "scripted"}, "max_attempts": 1})
     right = references(run)
@@ -424,10 +494,20 @@ def test_a_baseline_that_cannot_be_scored_is_refused_with_the_reason_before_anyb
         run_stage(rounds)
 
 
-def test_another_run_whose_student_has_learned_from_a_test_row_is_told(run, tmp_path):
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_another_run_whose_student_has_learned_from_a_test_row_or_was_chosen_by_it_is_told(run, tmp_path, split):
+    other, row = exported_run(tmp_path / "sft", weights="sft"), prepare(run)["test"][3]
+    write_jsonl(other.path / "dataset" / f"{split}.jsonl", [row])
+    with pytest.raises(LeakageError, match=rf"{row.id} is a copy of sft: {row.id} \({split}\)"):
+        run_stage(reopened(run, systems=[{"name": "sft", "run": other.path}]))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_another_run_that_no_longer_has_what_its_student_has_seen_is_refused_and_the_file_is_named(run, tmp_path, split):
     other = exported_run(tmp_path / "sft", weights="sft")
-    write_jsonl(other.path / "dataset" / "train.jsonl", [prepare(run)["test"][3]])
-    with pytest.raises(LeakageError, match="is a copy of sft: "):
+    file = other.path / "dataset" / f"{split}.jsonl"
+    file.unlink()
+    with pytest.raises(DataError, match=rf"evaluate\.systems: sft: {re.escape(str(file))} is not there"):
         run_stage(reopened(run, systems=[{"name": "sft", "run": other.path}]))
 
 

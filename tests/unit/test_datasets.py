@@ -106,6 +106,13 @@ def test_normalise_keeps_vowel_signs_apart() -> None:
     assert normalise("कि") != normalise("की")
 
 
+@pytest.mark.parametrize("unseen", ["\u00ad", "\u200b", "\u2060"])
+def test_normalise_passes_over_signs_that_nobody_sees(unseen: str) -> None:
+    assert normalise(f"{unseen}Is my go{unseen}ut{unseen} cur{unseen}able?") == "is my gout curable"
+    assert normalise(unseen) == ""
+    assert normalise(f"cafe{unseen}\u0301") == normalise("caf\u00e9")
+
+
 @settings(deadline=None)
 @given(st.text())
 def test_normalise_of_normalised_text_changes_nothing(text: str) -> None:
@@ -155,6 +162,26 @@ def test_rows_without_a_reference_go_to_train_where_others_have_one() -> None:
     assert dataset.census["without_reference"] == 27
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_equal_questions_the_one_with_a_reference_is_kept_whichever_comes_first(order: int) -> None:
+    pair = [Row("", "Is gout curable?", None, id="without"), Row("", "is gout, CURABLE", "Gout?", id="with")]
+    rows = [*pair[::order], *(Row("", f"question {n}", f"summary {n}") for n in range(8))]
+    dataset = make_splits("file", rows, DatasetSettings(name="file", validation_rows=1, test_rows=2), Source("", ""), {})
+    (kept,) = (e for split in dataset.splits.values() for e in split if normalise(e.question) == "is gout curable")
+    assert (kept.id, kept.question, kept.summary) == ("with", "is gout, CURABLE", "Gout?")
+    assert dataset.census["dropped"]["duplicate question"] == 1
+    assert dataset.census["without_reference"] == 0
+    assert_every_row_is_counted(dataset)
+
+
+def test_of_two_equal_questions_with_a_reference_the_first_is_kept() -> None:
+    rows = [Row("", "Is gout curable?", summary, id=summary) for summary in ("first", "second")]
+    rows += [Row("", f"question {n}", f"summary {n}") for n in range(8)]
+    dataset = make_splits("file", rows, DatasetSettings(name="file", validation_rows=1, test_rows=2), Source("", ""), {})
+    assert {"first", "second"} & {e.id for split in dataset.splits.values() for e in split} == {"first"}
+    assert_every_row_is_counted(dataset)
+
+
 def test_labels_instead_of_summaries_cannot_be_split_and_the_message_says_why() -> None:
     rows = [Row("", f"question {n}", "yes" if n % 2 else "no") for n in range(20)]
     with pytest.raises(DataError, match=r"test has 0 of 2 rows, .*20 usable rows.*largest group.* 10"):
@@ -175,6 +202,15 @@ def test_a_csv_and_a_jsonl_of_the_same_rows_split_alike(tmp_path: Path) -> None:
     assert from_csv.splits == from_jsonl.splits
     assert from_csv.source.sha256 == sha256_bytes((tmp_path / "a.csv").read_bytes())
     assert_every_row_is_counted(from_csv)
+
+
+def test_a_csv_cell_of_200_000_characters_is_read(tmp_path: Path) -> None:
+    long = ("word " * 40_000).strip() + "s"
+    cells = [long, *(f"question {n}" for n in range(4))]
+    (tmp_path / "a.csv").write_text("question,summary\n" + "".join(f'"{cell}",summary {n}\n' for n, cell in enumerate(cells)))
+    assert len(long) == 200_000
+    found = load(small(tmp_path / "a.csv"), CACHE)
+    assert long in {e.question for split in found.splits.values() for e in split}
 
 
 def test_empty_and_repeated_questions_are_dropped_and_counted(tmp_path: Path) -> None:

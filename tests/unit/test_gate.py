@@ -106,7 +106,7 @@ def test_of_a_thousand_copies_of_one_system_with_noise_at_most_alpha_are_promote
     for seed in range(1000):
         system = random.beta(1.2, 2.5, rows)
         both = {
-            name: Scored(name, ids, ("",) * rows, {"rougeL": np.clip(system + random.normal(0, 0.15, rows), 0, 1)[:, np.newaxis]}, 0, 0)
+            name: Scored(name, ids, ("said",) * rows, {"rougeL": np.clip(system + random.normal(0, 0.15, rows), 0, 1)[:, np.newaxis]}, 0, 0)
             for name in ("distilled", "student-zero-shot")
         }
         mine = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"seed": seed})})
@@ -151,14 +151,28 @@ def test_a_baseline_that_failed_on_every_row_lets_nobody_pass():
     assert "failed to answer every test row" in decide(found, recipe()).failed[0]
 
 
+def test_a_trivial_baseline_without_a_word_lets_nobody_pass_and_empty_answers_of_others_are_told():
+    said = answered(better, lambda i: " " * (i % 2))
+    told = decide(said, recipe())  # a student that has to learn to say anything at all
+    assert told.passed
+    assert told.met[0].endswith("p is below 0.05; 30 answers of student-zero-shot are empty")
+    trivial = {"distilled": said["distilled"], "constant": said["student-zero-shot"]}
+    (why,) = decide(trivial, recipe(promote={"baseline": "constant"})).failed
+    assert why == "constant has nothing to say here, as where no train row has a reference: to be better than that is no gain"
+    seldom = decide(answered(better, lambda i: "" if i % 10 == 0 else worse(i)), recipe())
+    assert seldom.passed
+    assert seldom.met[0].endswith("p is below 0.05; 3 answers of student-zero-shot are empty")
+    assert "empty" not in decide(answered(better, worse), recipe()).met[0]
+
+
 def test_the_exchange_tests_a_margin_as_the_bootstrap_does():
     random = np.random.default_rng(4)
     gains = 0.1 + random.normal(0, 0.05, 40)
     ours, theirs = np.full(40, 0.5) + gains, np.full(40, 0.5)
     found = {
         margin: compare(
-            Scored("a", IDS, ("",) * 40, {"rougeL": ours[:, np.newaxis]}, 0, 0),
-            Scored("b", IDS, ("",) * 40, {"rougeL": theirs[:, np.newaxis]}, 0, 0),
+            Scored("a", IDS, ("said",) * 40, {"rougeL": ours[:, np.newaxis]}, 0, 0),
+            Scored("b", IDS, ("said",) * 40, {"rougeL": theirs[:, np.newaxis]}, 0, 0),
             "rougeL",
             margin=margin,
             resamples=2000,

@@ -95,6 +95,9 @@ def judge(run, count, given, choose, **settings):
         ("They are alike: [[C]]", "TIE"),
         ("[[tie]]", "TIE"),
         ("<think>Is it B? [[B]] Or A?</think>\n\nA", "A"),
+        ("x</think>\n\nB", "B"),  # a template may have begun the thoughts in the prompt
+        ("Is it [[A]]?\nA is better.</think>\n\nB", "B"),
+        ("Tie. A is short, B is long.", "TIE"),
     ],
 )
 def test_a_choice_is_read_where_it_is_the_first_word_or_marked(said, choice):
@@ -119,6 +122,11 @@ def test_a_choice_is_read_where_it_is_the_first_word_or_marked(said, choice):
         "C",
         "[[A]] or [[B]]",
         "<think>surely A",
+        "A (very) close call: TIE",
+        "A is better in tone, but overall B is better.",
+        "A. No: B wins.",
+        "A is better in tone, but overall **B** is better.",
+        "Tie, although B is the winner in tone.",
     ],
 )
 def test_anything_else_is_unreadable(said):

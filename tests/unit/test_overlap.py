@@ -48,6 +48,42 @@ def test_the_closest_row_is_told_and_texts_of_fewer_than_eight_words_are_near_to
     assert overlaps(rows([("is my gout curable by now", None)], train=[("is my gout curable by now or not", None)])) == []
 
 
+def test_signs_that_nobody_sees_hide_no_copy():
+    hidden = LONG.replace("mother", "mo\u00adther").replace("rash", "ra\u200bsh").replace("hands", "han\u2060ds")
+    (found,) = overlaps(rows([(LONG, "What is gout?")], train=[("x", "What is go\u00adut?"), (hidden, None)]))
+    assert (found.other_id, found.kind, found.share) == ("train-0", "summary", 1.0)
+    (found,) = overlaps(rows([(LONG, None)], train=[(hidden, None)]))
+    assert (found.kind, found.share) == ("question", 1.0)
+    (found,) = overlaps(rows([(LONG, None)], train=[(f"{hidden} x", None)]))
+    assert (found.kind, found.share) == ("near-question", 1.0)
+
+
+def numbered(letter, count):
+    """So many words that stand nowhere else."""
+    return [f"{letter}{i}" for i in range(count)]
+
+
+def test_a_question_that_stands_whole_in_a_longer_one_is_found_and_one_of_which_a_phrase_does_is_not():
+    theirs = numbered("a", 40)  # 33 of the 8-grams
+    longer = [*numbered("b", 20), *theirs, *numbered("c", 25)]
+    assert len(longer) == 85  # 78
+    (found,) = overlaps(rows([(" ".join(longer), None)], train=[(" ".join(theirs), None)]))
+    assert (found.kind, found.share) == ("near-question", round(33 / 78, 4))
+    polite = LONG.split()  # 17 words, 10 of the 8-grams: enough of them, and a third of the other question's
+    both = [" ".join([*numbered("a", 23), *polite]), " ".join([*numbered("b", 68), *polite])]
+    assert [len(text.split()) for text in both] == [40, 85]
+    assert overlaps(rows([(both[1], None)], train=[(both[0], None)])) == []
+
+
+def test_a_short_phrase_that_stands_whole_in_a_longer_question_is_no_copy():
+    phrase = " ".join(LONG.split()[:16])  # 9 of the 8-grams
+    assert overlaps(rows([(" ".join([phrase, *numbered("a", 40)]), None)], train=[(phrase, None)])) == []
+
+
+def test_summaries_of_signs_alone_are_not_equal():
+    assert overlaps(rows([("a", "?"), ("b", "-")], train=[("c", "-"), ("d", "?")], validation=[("e", "...")])) == []
+
+
 def test_rows_of_test_alone_overlap_with_nothing_and_missing_summaries_are_not_equal():
     assert overlaps(rows([(LONG, None), ("b", None)], train=[("c", None)])) == []
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -95,6 +99,47 @@ def test_a_rollback_to_a_damaged_version_is_refused_and_changes_nothing(registry
     with pytest.raises(DataError, match=r"model\.bin"):
         store.rollback(registry)
     assert store.current(registry) == b
+
+
+def lose(registry, promoted, how):
+    """Take a version's folder away, or change a file of it."""
+    if how == "gone":
+        shutil.rmtree(registry / "versions" / promoted.version)
+    else:
+        (store.serving_path(registry, promoted) / "model.bin").write_text("x")
+
+
+def test_a_rollback_passes_over_versions_that_are_gone_or_damaged_and_its_reason_says_so(registry, tmp_path):
+    a, b, c, d, e = (promote(registry, folder(tmp_path, weights)) for weights in "abcde")
+    lose(registry, c, "damaged")
+    lose(registry, d, "gone")
+    found = store.rollback(registry, reason="it repeats itself")
+    assert found == store.current(registry)
+    assert (found.version, found.served_before) == (b.version, (a.version,))
+    last = store.history(registry)[-1]
+    assert (last.what, last.version) == ("rolled back", b.version)
+    assert last.reason.startswith(f"from {e.version}: it repeats itself; passed over: version {d.version} is gone; passed over: ")
+    assert f"version {c.version} is not what was promoted (model.bin changed" in last.reason
+    assert store.rollback(registry).version == a.version
+
+
+def test_a_rollback_where_no_version_before_is_whole_is_refused_with_every_one_and_changes_nothing(registry, tmp_path):
+    a, b, c = (promote(registry, folder(tmp_path, weights)) for weights in "abc")
+    lose(registry, a, "damaged")
+    lose(registry, b, "gone")
+    told = events(registry)
+    with pytest.raises(DataError, match=f"version {b.version} is gone; .*version {a.version} is not what was .*; {c.version} stays served"):
+        store.rollback(registry)
+    assert store.current(registry) == c
+    assert events(registry) == told
+
+
+def test_a_rollback_never_goes_back_to_the_version_that_is_served(registry, tmp_path):
+    a, b, again = (promote(registry, folder(tmp_path, weights)) for weights in "aba")
+    lose(registry, b, "gone")
+    with pytest.raises(DataError, match=f"version {b.version} is gone; {a.version} stays served"):
+        store.rollback(registry)
+    assert store.current(registry) == again
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "added"])
@@ -368,6 +413,39 @@ def test_a_promotion_killed_before_its_line_of_history_gets_the_line_from_the_ne
     assert events(registry) == [("promoted", before.version), ("promoted", served.version), ("rolled back", before.version)]
 
 
+def test_a_rollback_from_a_version_served_twice_and_killed_before_its_line_of_history_was_rolled_back_not_promoted(registry, tmp_path):
+    a, b, _ = (promote(registry, folder(tmp_path, weights)).version for weights in "aba")
+    killed("telling", registry, "rollback")
+    assert store.current(registry).version == b
+    refuse(registry)
+    assert events(registry) == [("promoted", a), ("promoted", b), ("promoted", a), ("rolled back", b), ("refused", b)]
+
+
+@contextlib.contextmanager
+def room_for(size):
+    """No file grows beyond so many bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores the signal of it
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("what", ["promoted", "rolled back"])
+def test_a_full_disk_while_the_history_is_told_says_that_the_version_is_served_and_the_next_writer_tells_it(registry, tmp_path, what):
+    a, b = (promote(registry, folder(tmp_path, weights)).version for weights in "ab")
+    serving = folder(tmp_path, "c")
+    store.record_refusal(registry, reason="long " * 2000, run="r", scores={})  # beside it all other files are small
+    with room_for((registry / "history.jsonl").stat().st_size), pytest.raises(StorageError) as caught:
+        promote(registry, serving) if what == "promoted" else store.rollback(registry)
+    served = store.current(registry).version
+    assert (served == a, served == b) == (what == "rolled back", False)
+    assert re.match(rf"version {served} is served now, and the history could not be told: .*history\.jsonl", str(caught.value))
+    refuse(registry)
+    assert events(registry)[-2:] == [(what, served), ("refused", served)]
+
+
 def test_the_served_version_promoted_anew_and_killed_before_its_line_of_history_was_promoted_not_rolled_back(registry, tmp_path):
     serving = folder(tmp_path, "a")
     a = promote(registry, serving, task={})
@@ -407,9 +485,11 @@ def test_without_a_canary_there_is_none_to_find(registry, tmp_path):
 
 
 def test_a_registry_that_never_had_a_canary_holds_nothing_that_the_version_before_could_not_read(registry, tmp_path):
-    for weights in "ab":
-        promote(registry, folder(tmp_path, weights))
+    first, _ = (promote(registry, folder(tmp_path, weights)) for weights in "ab")
     store.rollback(registry)
+    fields = {"version", "folder", "name", "task", "scores", "sha256", "run", "promoted_at", "served_before"}
+    for file in (registry / "current.json", registry / "versions" / first.version / "promoted.json"):
+        assert json.loads(file.read_text()).keys() == fields
     assert {path.name for path in registry.iterdir()} == {"format.json", "versions", "current.json", "history.jsonl", ".writer"}
     keys = [set(json.loads(line)) for line in (registry / "history.jsonl").read_text().splitlines()]
     assert keys == [{"at", "what", "version", "reason", "run", "scores"}] * 3

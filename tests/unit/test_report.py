@@ -108,6 +108,18 @@ def test_how_many_messages_had_a_subject_line_and_who_is_not_scored_is_told(run)
     assert any("Only 2 test rows" in note for note in notes)
 
 
+def test_references_that_rouge_cannot_read_are_told_with_what_they_reach_and_others_are_not(run):
+    def told(*references):
+        test = [Example(id=f"q{i}", question="Help", summary=reference) for i, reference in enumerate(references)]
+        notes = built(run, {"reference": lambda i, e: e.summary}, test=test).notes
+        return [note for note in notes if note.startswith("ROUGE reads")]
+
+    (greek,) = told("\u03a4\u03b9 \u03b5\u03af\u03bd\u03b1\u03b9;", "What is gout?")
+    assert "the references themselves reach 50.0 of 100 points in ROUGE-1" in greek
+    assert "promote.metric=chrf" in greek
+    assert told("What is gout?", "Qu'est-ce que la m\u00e9nopause\u00a0?") == []
+
+
 def test_the_training_log_is_thinned_to_400_steps_with_the_last_and_validations_are_told(tmp_path):
     run = exported_run(tmp_path / "run")
     folder = run.path / "checkpoints" / "r0"
