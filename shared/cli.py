@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import threading
+from itertools import pairwise
 
 COMMANDS = {
     "run": ("student_trainer.pipeline", "all stages on this machine, ending with the student served"),
@@ -59,6 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     from shared.errors import INTERRUPTED, DistillError
 
     try:
+        if (cluster := _through_ray_client(argv)) is not None:
+            from shared.cluster.client import done_there
+
+            code = done_there(cluster, argv)
+            if any(kind.exit_code == code and kind.goes_on for kind in DistillError.__subclasses__()):
+                print(f"once that is mended, to go on:\n  {_again(argv)}", file=sys.stderr)
+            return code
         return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]))
     except DistillError as exc:
         print(f"distill {argv[0]}: {exc}", file=sys.stderr)
@@ -72,6 +80,12 @@ def main(argv: list[str] | None = None) -> int:
         if not os.environ.get(PART_OF_A_RUN):  # else the whole run tells how to go on
             print(f"\nstopped; everything done so far is kept. To go on:\n  {_again(argv)}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _through_ray_client(argv: list[str]) -> str | None:
+    """The cluster that does the command where it is ray://HOST:PORT, for which shared/cluster/client.py tells the reason."""
+    given = [value for option, value in pairwise(argv) if option == "--on"] + [word[5:] for word in argv if word.startswith("--on=")]
+    return next((value for value in given if value.startswith("ray://")), None)
 
 
 def _again(argv: list[str]) -> str:

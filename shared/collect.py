@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -41,6 +41,8 @@ class Collected:
     """Rows of this call that another example's answer to the same request has filled."""
     several: int = 0
     """Prompts with several answers."""
+    of_several: int = 0
+    """Their answers."""
     varied: int = 0
     """Of these, those whose answers differ."""
     one_text: bool = False
@@ -128,14 +130,49 @@ def answers(asks: Sequence[Ask], ledger: Ledger[Response]) -> list[list[Response
     return [[rows[name] for key in ask.sample_keys() if (name := (key, ask.example_id)) in rows] for ask in asks]
 
 
-def answer_offline(
-    model: OfflineModel, asks: Sequence[Ask], ledger: Ledger[Response], *, chunk: int, what: str, seed: int | None
-) -> Collected:
-    """Let a model in this process answer every ask that `ledger` does not hold, `chunk` prompts at a time.
+@dataclass(frozen=True)
+class Chunk:
+    """Prompts that are answered together: a batch shares one stream of random numbers, so only the same batch gives the same texts."""
 
-    The chunks and their seeds depend on `asks` and `seed` alone, and a chunk with anything missing is generated whole: a batch
-    shares one stream of random numbers, so only the same batch gives the same texts. Prompts too long for the model become
-    failed rows, and so do empty answers. Raises EngineError, StorageError.
+    number: int
+    requests: tuple[GenerationRequest, ...]
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answers to a chunk, in its order; None for a prompt that is too long for the model."""
+
+    number: int
+    completions: tuple[list[Completion] | None, ...]
+    seconds: float
+
+
+def answered_by(model: OfflineModel, chunk: Chunk) -> Answered:
+    """Raises EngineError."""
+    began = time.monotonic()
+    fits = [model.fits(request) for request in chunk.requests]
+    fitting = [request for request, fit in zip(chunk.requests, fits, strict=True) if fit]
+    found = iter(model.generate(fitting, seed=chunk.seed) if fitting else [])
+    return Answered(chunk.number, tuple(next(found) if fit else None for fit in fits), time.monotonic() - began)
+
+
+Answering = Callable[[Sequence[Chunk]], Iterable[Answered]]
+"""Answers chunks, in any order. Raises EngineError."""
+
+
+def in_process(model: OfflineModel) -> Answering:
+    """By a model in this process."""
+    return lambda chunks: (answered_by(model, chunk) for chunk in chunks)
+
+
+def answer_offline(
+    answering: Answering, asks: Sequence[Ask], ledger: Ledger[Response], *, chunk: int, what: str, seed: int | None
+) -> Collected:
+    """Have every ask answered that `ledger` does not hold, `chunk` prompts at a time, by a model in this process or on a cluster.
+
+    The chunks and their seeds depend on `asks` and `seed` alone, and a chunk with anything missing is generated whole. Prompts too long
+    for the model become failed rows, and so do empty answers. Raises EngineError, StorageError.
     """
     started = time.monotonic()
     # prompts of like length share a chunk: less padding
@@ -144,24 +181,20 @@ def answer_offline(
     wanted = sum(ask.request.n for ask in asks)
     todo = sum(len(_missing(ask, held)) for ask in asks)
     progress = Progress(what, wanted, unit="answers", done=wanted - todo)
-    requests = 0
-    for number, first in enumerate(range(0, len(ordered), chunk)):
-        batch = ordered[first : first + chunk]
-        if not any(_missing(ask, held) for ask in batch):
-            continue
-        asked_at = time.monotonic()
-        fitting = [ask for ask in batch if model.fits(ask.request)]
-        found = model.generate([ask.request for ask in fitting], seed=_chunk_seed(seed, number)) if fitting else []
-        latency, requests = time.monotonic() - asked_at, requests + 1
-        completions = dict(zip((ask.key(0) for ask in fitting), found, strict=True))
-        for ask in batch:
+    batches = {number: ordered[first : first + chunk] for number, first in enumerate(range(0, len(ordered), chunk))}
+    chunks = [
+        Chunk(number, tuple(ask.request for ask in batch), _chunk_seed(seed, number))
+        for number, batch in batches.items()
+        if any(_missing(ask, held) for ask in batch)
+    ]
+    for answered in answering(chunks):
+        for ask, completions in zip(batches[answered.number], answered.completions, strict=True):
             for sample in _missing(ask, held):
-                made = completions.get(ask.key(0))
-                row = row_of(ask, ask.key(sample), sample, made[sample] if made else TOO_LONG, latency_s=latency, attempts=1)
-                ledger.append(row)
+                made = TOO_LONG if completions is None else completions[sample]
+                ledger.append(row_of(ask, ask.key(sample), sample, made, latency_s=answered.seconds, attempts=1))
                 progress.step()
         ledger.sync()
-    return _census(asks, ledger, requests=requests, seconds=time.monotonic() - started, collected=todo)
+    return _census(asks, ledger, requests=len(chunks), seconds=time.monotonic() - started, collected=todo)
 
 
 def _name(row: Response) -> tuple[str, str]:

@@ -31,6 +31,17 @@ def stage_parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def cluster_options(parser: argparse.ArgumentParser) -> None:
+    """--on and --workers."""
+    parser.add_argument(
+        "--on",
+        metavar="CLUSTER",
+        help="do it on a Ray cluster: HOST:PORT on one of its nodes, auto as a job of it, ray://HOST:PORT from outside, or "
+        "local-cluster:N, N processes of this machine",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="with --on: how many processes; by default as many as the cluster can run")
+
+
 def open_run(arguments: argparse.Namespace, flags: dict[str, Any] | None = None) -> Run:
     """The run that the shared options name. Raises SettingsError, RunMismatch."""
     from shared.artifacts import Run  # after parsing: --help must not wait for pydantic

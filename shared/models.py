@@ -41,6 +41,16 @@ def hugging_face_model(reference: str) -> str:
     return reference
 
 
+def stamped(reference: str) -> str:
+    """A reference that tells a local folder from what it was before it changed; others as they are."""
+    folder = Path(reference)
+    if not folder.is_dir():
+        return reference
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"))
+    stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{reference}@{sha256_bytes(repr(stamp).encode())[:12]}"
+
+
 def serving_folder(reference: str, quantization: str) -> Path:
     """The model as a serving folder (CTranslate2, tokenizer.json, serving.json), converted into the cache at first use.
 

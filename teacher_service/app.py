@@ -43,7 +43,9 @@ def engine_of(settings: TeacherServiceSettings) -> Engine:
         from shared.engines.local import LocalModel
         from shared.models import serving_folder
 
-        return LocalEngine(LocalModel(serving_folder(settings.model_ref, settings.quantization)))
+        model = LocalModel(serving_folder(settings.model_ref, settings.quantization))
+        # those that wait do so in its own queue, where batches are made of them
+        return LocalEngine(model, max_waiting=max(1, settings.max_queue), wait_s=settings.queue_s)
     assert settings.upstream_model is not None
     return UpstreamEngine(
         settings.upstream_url,

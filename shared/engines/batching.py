@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ from tokenizers.decoders import DecodeStream
 
 from shared.contracts import Completion, FinishReason, GenerationRequest
 from shared.engines import Piece
-from shared.engines.local import BATCH_ROWS, LocalModel, Prompt
+from shared.engines.local import BATCH_ROWS, LocalModel, Prompt, holds_stop
+from shared.engines.memory import give_back_now
 from shared.errors import EngineError, RequestRefused, TeacherBusy, TeacherLate, TeacherUnavailable
 
 if TYPE_CHECKING:
@@ -28,9 +30,13 @@ KEPT = 6
 """Tokens that are kept while answers are decoded take about this much less memory than those that are being read."""
 GATHER_S = 0.003
 """Seconds without a new request after which those that were answered together are not going to ask together again."""
+IDLE_S = 1.0
+"""Seconds without a request after which memory that is free is given back: sooner, each lone request would have to get it anew."""
 SHORT_TOKENS = 64
 """Answers bounded by so many tokens share batches; longer ones with those of twice as many, of four times as many, and so on."""
 RETRY_MOST_S = 30.0
+BROKEN = 3
+"""Batches in a row whose failure is the engine's, as after an error of a GPU: it is not ready then, and tries on."""
 
 
 @dataclass(eq=False)
@@ -42,14 +48,19 @@ class _Sample:
 
 
 class _Job:
-    """A request on its way through the engine. Tokens come from a thread of the model; all else belongs to the event loop."""
+    """A request on its way through the engine. Tokens come from a thread of the model; all else belongs to the event loop.
 
-    def __init__(self, prompt: Prompt, *, streams: bool) -> None:
-        self.prompt, self._streams = prompt, streams
+    It does not hold the model: that thread may be the last to let go of a request, and CTranslate2 aborts where a model of its ends itself.
+    """
+
+    def __init__(self, prompt: Prompt, tokenizer: Tokenizer, *, streams: bool) -> None:
+        self.prompt, self._tokenizer, self._streams = prompt, tokenizer, streams
         self.samples = [_Sample() for _ in range(prompt.samples)]
         self.begun = self.left = False
         """Whether it is in a batch; whether nobody waits for it any more."""
         self.error: Exception | None = None
+        self.clock: asyncio.TimerHandle | None = None
+        """How long it may wait."""
         self.news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._told = False
@@ -62,7 +73,8 @@ class _Job:
         """Take a token of a sample, in the model's thread; returns whether the sample ends."""
         sample = self.samples[index]
         sample.ids.append(token)
-        sample.done = last or token in self.prompt.ends or len(sample.ids) >= self.prompt.sampling.max_tokens
+        sampling = self.prompt.sampling
+        sample.done = last or len(sample.ids) >= sampling.max_tokens or holds_stop(self._tokenizer, sample.ids, sampling.stop)
         if (self._streams or (sample.done and self.done)) and not self._told:
             self._told = True  # one waking of the loop for all tokens that come before it has woken
             self._loop.call_soon_threadsafe(self._tell)
@@ -102,11 +114,12 @@ class LocalEngine:
         max_batch: int = BATCH_ROWS,
         batch_tokens: int | None = None,
         max_waiting: int = 512,
+        wait_s: float | None = None,
         deadline_s: float | None = None,
         told: Callable[[int], None] = lambda rows: None,
     ) -> None:
         """`max_batch`, `batch_tokens`: completions and tokens of one batch, where a longer prompt is read alone; `max_waiting`: requests in
-        the queue, above it TeacherBusy.
+        the queue, above it TeacherBusy; `wait_s`: seconds that each may wait there, then TeacherBusy.
 
         `deadline_s`: seconds for one answer, or for all of a streamed one. A request that still waits then gets TeacherBusy, one that is
         being answered TeacherLate. `told` hears how many requests each batch has.
@@ -114,6 +127,7 @@ class LocalEngine:
         self._told = told
         self._batch_tokens = batch_tokens or BATCH_TOKENS[model.config.kind]
         self._model, self._max_batch, self._max_waiting, self._deadline_s = model, max_batch, max_waiting, deadline_s
+        self._wait_s = wait_s
         # a pool of its own: what else runs in threads of this process is not to keep batches waiting
         self._threads = ThreadPoolExecutor(model.workers, thread_name_prefix="decode")
         self._queue: list[_Job] = []
@@ -122,6 +136,8 @@ class LocalEngine:
         self._running = 0
         """Requests that are being decoded."""
         self._closed = False
+        self._failed = 0
+        """Batches in a row that have failed."""
         self._pace = 0.0
         """Requests that end in a second, of late."""
 
@@ -177,6 +193,8 @@ class LocalEngine:
     async def check(self) -> None:
         if self._closed:
             raise TeacherUnavailable("shutting down")
+        if self._failed >= BROKEN:
+            raise TeacherUnavailable(f"the last {self._failed} batches have failed")
 
     async def aclose(self) -> None:
         """Finish the batches that are being decoded, refuse those that wait."""
@@ -198,7 +216,9 @@ class LocalEngine:
         self._refuse_more()
         if not self._workers:
             self._workers = [asyncio.create_task(self._work()) for _ in range(self._model.workers)]
-        job = _Job(prompt, streams=streams)
+        job = _Job(prompt, self._model.tokenizer, streams=streams)
+        if self._wait_s is not None:
+            job.clock = asyncio.get_running_loop().call_later(self._wait_s, self._expire, job)
         self._queue.append(job)
         self._arrived.set()
         return job
@@ -214,8 +234,16 @@ class LocalEngine:
     def _leave(self, job: _Job) -> None:
         """Nobody waits for this one any more."""
         job.left = True
+        if job.clock is not None:
+            job.clock.cancel()
         if not job.begun and job in self._queue:
             self._queue.remove(job)
+
+    def _expire(self, job: _Job) -> None:
+        """Give up on one that has waited long enough."""
+        if not job.begun and job in self._queue:
+            self._queue.remove(job)
+            job.fail(TeacherBusy(f"not begun within {self._wait_s:g} s; try again", retry_after_s=RETRY_MOST_S))
 
     def _late(self, job: _Job) -> TeacherUnavailable:
         if job.begun:
@@ -227,7 +255,7 @@ class LocalEngine:
             batch = self._next_batch()
             if not batch:
                 self._arrived.clear()
-                await self._arrived.wait()
+                await self._idle()
                 continue
             for job in batch:
                 job.begun = True
@@ -237,8 +265,10 @@ class LocalEngine:
             error: Exception = EngineError("the model ended without an answer")
             try:
                 await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, batch)
+                self._failed = 0
             except Exception as exc:  # whatever it was, those who wait must hear of it and the next batch must go out
                 error = exc
+                self._failed += 1
             self._running -= len(batch)
             for job in batch:
                 if not job.done:
@@ -246,6 +276,16 @@ class LocalEngine:
             await self._gather(len(batch))
             pace = self._model.workers * len(batch) / max(time.monotonic() - began, 1e-3)
             self._pace = 0.8 * self._pace + 0.2 * pace if self._pace else pace
+
+    async def _idle(self) -> None:
+        """Wait for a request; what batches took of memory does not stay taken meanwhile."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(IDLE_S):
+                await self._arrived.wait()
+                return
+        if not self._running:
+            await asyncio.get_running_loop().run_in_executor(self._threads, give_back_now)
+        await self._arrived.wait()
 
     async def _gather(self, rows: int) -> None:
         """Give those who were answered together the time to ask together again: a batch of the first of them would be a small one."""
@@ -334,11 +374,18 @@ class _Text:
         end = len(ids)
         for token in ids[self._read : end]:
             if not self._model.ends(token):
-                self._text += self._decoder.step(self._tokenizer, token) or ""
+                self._text += self._step(token)
         self._read = end
         said = self._text[: self._safe()].lstrip()[self._told :]
         self._told += len(said)
         return said, None
+
+    def _step(self, token: int) -> str:
+        try:
+            return self._decoder.step(self._tokenizer, token) or ""
+        except Exception:  # tokenizers raises nothing more precise where bytes of no text came before: it begins anew behind them
+            self._decoder = DecodeStream(skip_special_tokens=True)
+            return self._decoder.step(self._tokenizer, token) or ""
 
     def _safe(self) -> int:
         """How much of the text is not, and will not be, part of a stop text."""

@@ -14,6 +14,9 @@ from tokenizers import Tokenizer
 from shared.contracts import GenerationRequest, Message, ServingConfig
 from shared.errors import EngineError
 
+UNSEEN = "\u200b"
+"""A zero-width blank."""
+
 
 class PromptEncoder:
     """Renders a request and tokenises it, as the model's own tokenizer does."""
@@ -21,6 +24,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, *, chat_template: str | None, bos_token: str | None, eos_token: str) -> None:
         self.tokenizer = tokenizer
         self._names = {"bos_token": bos_token or "", "eos_token": eos_token}
+        self._marks = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals["raise_exception"] = _raise
         self._template = environment.from_string(chat_template) if chat_template else None
@@ -52,9 +56,17 @@ class PromptEncoder:
         if self._template is None:
             return "\n\n".join(m.content for m in messages)
         try:
-            return self._template.render(messages=[m.model_dump() for m in messages], add_generation_prompt=True, **self._names)
+            turns = [{**m.model_dump(), "content": self._inert(m.content)} for m in messages]
+            return self._template.render(messages=turns, add_generation_prompt=True, **self._names)
         except TemplateError as exc:
             raise EngineError(f"the model's chat template refuses these messages: {exc}") from exc
+
+    def _inert(self, text: str) -> str:
+        """What a turn says, so that no word of it ends the turn or begins another: marks of the template are broken up where they stand."""
+        for mark in self._marks:
+            if mark in text:
+                text = text.replace(mark, f"{mark[0]}{UNSEEN}{mark[1:]}")
+        return text
 
     def encode(self, request: GenerationRequest) -> list[int]:
         """Token ids of a whole prompt; special tokens are added unless a chat template has already written them."""

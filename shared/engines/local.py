@@ -32,8 +32,10 @@ LEAST = 1e-4
 """Of a temperature or a top_p: below it the likeliest token is drawn all the same."""
 QUICK_CHARACTERS = 2000
 """Of a prompt: to encode these takes no more than to hand it over to a thread."""
-KNOWN_STOPS = 64
-"""Sets of stop texts whose tokens are remembered: to find them takes milliseconds."""
+KNOWN_STOPS = 8
+"""Sets of stop texts whose tokens are remembered: to find them takes a tenth of a second, to keep them up to 3 MB each."""
+LEEWAY = 4
+"""Tokens without text that may stand within a stop text."""
 LENGTH_SPREAD = 16
 """Most tokens by which prompts of one batch differ: a decoder-only model reads what the shortest lacks one token at a time."""
 
@@ -69,7 +71,7 @@ class Prompt:
     known: int = 0
     """Tokens at its beginning that the model has read already (see `LocalModel.keep_prefix`)."""
     ends: frozenset[int] = frozenset()
-    """Tokens whose text holds a stop text: decoding may end there."""
+    """With a beam, tokens whose text holds a stop text: decoding may end there. Else `holds_stop` is asked at every token."""
 
     @property
     def decoding(self) -> tuple[Sampling, int]:
@@ -107,7 +109,7 @@ class LocalModel:
 
         Raises EngineError.
         """
-        self.config = _read_config(folder)
+        self.config = read_config(folder)
         self._folder, self._device = folder, device
         # batches side by side, one core each: several cores on the small matrices of one step mostly wait for each other
         self.layout = layout or Layout(threads or available_cores())
@@ -164,7 +166,7 @@ class LocalModel:
         """Whether to `encode` it takes no more than a millisecond or so."""
         characters = len(request.prompt or "") + sum(len(m.content) for m in request.messages or ())
         stop = request.sampling.stop
-        return characters <= QUICK_CHARACTERS and (not stop or stop in self._holding)
+        return characters <= QUICK_CHARACTERS and (not stop or request.beam_size == 1 or stop in self._holding)
 
     def keep_prefix(self, requests: Sequence[GenerationRequest]) -> int:
         """Compute what these prompts begin with, an instruction or shots, once for all prompts that do; returns its tokens.
@@ -191,7 +193,7 @@ class LocalModel:
             )
         tokens, kept = [str(self._encoder.tokenizer.id_to_token(i)) for i in ids], len(self._prefix)
         known = kept if len(tokens) > kept and tokens[:kept] == self._prefix else 0
-        ends = self._ids_holding(request.sampling.stop)
+        ends = self._ids_holding(request.sampling.stop) if request.beam_size > 1 else frozenset()
         return Prompt(tokens, request.n, request.sampling, request.beam_size, known, ends)
 
     def generate(self, requests: Sequence[GenerationRequest], *, seed: int | None = None) -> list[list[Completion]]:
@@ -347,6 +349,17 @@ class LocalModel:
         return Completion(text=text[: min(cuts, default=len(text))].lstrip(), finish_reason="stop" if ended or cuts else "length")
 
 
+def holds_stop(tokenizer: Any, ids: list[int], stop: tuple[str, ...]) -> bool:
+    """Whether these tokens hold a stop text, if they did not without the last: only what a stop can span is looked at.
+
+    A token with text has at least one byte of it; LEEWAY is for those without.
+    """
+    if not stop:
+        return False
+    text = tokenizer.decode(ids[-max(len(s.encode()) for s in stop) - LEEWAY :], skip_special_tokens=True)
+    return any(s in text for s in stop)
+
+
 def _batches(prompts: Sequence[Prompt], indices: list[int], size: int, spread: int | None) -> Iterator[list[int]]:
     """Indices in batches of at most `size` prompts whose lengths differ by at most `spread` tokens, shortest first.
 
@@ -363,7 +376,7 @@ def _batches(prompts: Sequence[Prompt], indices: list[int], size: int, spread: i
         yield batch
 
 
-def _read_config(folder: Path) -> ServingConfig:
+def read_config(folder: Path) -> ServingConfig:
     file = folder / "serving.json"
     try:
         return ServingConfig.model_validate_json(file.read_bytes())
@@ -383,6 +396,11 @@ def _drawing(sampling: Sampling) -> dict[str, Any]:
     return {"sampling_topk": TOP_K, "sampling_topp": top_p, "sampling_temperature": temperature}
 
 
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Processor cores that this process may use, at least one. `limit`: where a container reads how much it is given (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = limit.read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no container, or "max"
+        return cores

@@ -18,6 +18,6 @@ def give_back_large_blocks() -> None:
 
 
 def give_back_now() -> None:
-    """Give back what is free now, after a model has gone."""
+    """Give back what is free now: after a model has gone, or while nothing is asked of it."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -161,9 +161,12 @@ class UpstreamEngine:
                     yield Piece(choice, completion.text, completion.finish_reason)
                 return
             begun, ended, otherwise = set[int](), set[int](), False
+            clock = asyncio.get_running_loop()
+            until = clock.time() + self._timeout_s
             while True:
                 try:
-                    line = await response.content.readline()
+                    async with asyncio.timeout_at(until):  # comments and empty pieces keep a connection alive, and say nothing
+                        line = await response.content.readline()
                 except TimeoutError:
                     raise TeacherLate(f"{server.base}: nothing within {self._timeout_s:g} s") from None
                 except (aiohttp.ClientError, OSError, ValueError) as exc:
@@ -190,6 +193,7 @@ class UpstreamEngine:
                         if piece.finish_reason:
                             ended.add(piece.choice)
                         yield piece
+                        until = clock.time() + self._timeout_s
             if begun > ended or not begun:
                 if otherwise:
                     raise _ended_otherwise(server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
@@ -21,7 +22,7 @@ from shared.http.face import Bounds, Chat, Choose, Chosen, Complete, Face, Route
 from shared.http.keys import Keys
 from shared.http.limits import Counts
 from shared.http.metrics import Meters
-from shared.http.problems import NotReady, Refused, add_error_handlers
+from shared.http.problems import NotReady, Refused, add_error_handlers, error_answer
 from shared.http.schema import Described, describe
 
 READY_S = 5.0
@@ -36,6 +37,8 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 class App(FastAPI):
     """An application that has a straight way to the routes that carry the load: the layers between cost as much as all else there."""
 
+    names: tuple[str, ...] | None = None
+    """Host names under which it answers; None: any. A page of anybody's can let its own name mean this machine, to read what is here."""
     known: Callable[[Request], object]
     """Raises Unauthorised or Forbidden for a request without a key that may ask: for routes that are added to the application."""
 
@@ -54,6 +57,10 @@ class App(FastAPI):
         return register
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.names is not None and _host(scope) not in ("", *self.names):  # a browser always says one
+            told = f"a server without keys answers this machine alone: ask it as {' or '.join(self.names)}, or start it with keys"
+            await error_answer(403, told)(scope, receive, send)
+            return
         found = self._straight.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if found is None:
             await super().__call__(scope, receive, send)
@@ -78,6 +85,7 @@ def create_app(
     routes: Mapping[str, Route[Any]] = MappingProxyType({}),
     described: Described = Described(),  # noqa: B008
     beside: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    names: tuple[str, ...] | None = None,
 ) -> App:
     """An application over `engine`, which it closes when it ends; `model` is the public name, the only one it answers to.
 
@@ -85,7 +93,7 @@ def create_app(
     request may be; `with_usage`: tell characters and words of every answer.
     `choose`: who answers to a name, if there are several names; `models`: what GET /v1/models lists, beside what all have in common;
     `routes`: more kinds of calls, by path; `described`: what OpenAPI tells of these and of other paths that are added to the application.
-    `beside` is entered before the first request and left after the last.
+    `beside` is entered before the first request and left after the last; `names`: host names that it answers to, any by default.
 
     Every error has the shape {"error": {"message", "type", "param", "code"}}. What an engine says about itself goes to the
     log, never to the caller; prompts and answers go to neither.
@@ -115,7 +123,7 @@ def create_app(
 
     # no pages of documentation: they load scripts from elsewhere
     app = App(title=title, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.known = face.known
+    app.known, app.names = face.known, names
     started = int(time.time())
     add_error_handlers(app)
 
@@ -160,6 +168,12 @@ def create_app(
         return JSONResponse({"status": "ready"})
 
     return app
+
+
+def _host(scope: Scope) -> str:
+    """The name that was asked for, without its port."""
+    named: bytes = next((value for name, value in scope["headers"] if name == b"host"), b"")
+    return re.sub(r":\d+$", "", named.decode("latin-1").lower())
 
 
 def only(engine: Engine, model: str) -> Choose:

@@ -363,6 +363,12 @@ class Face:
                     raise
                 told.reason = reason_of(exc)
                 yield _event(problem_body(exc, told.id))
+            except Exception as exc:  # nobody foresaw it; the stream ends as one that failed, and the log gets no text
+                if not begun:
+                    raise
+                log.error("an error in this service: %s", type(exc).__name__, extra={"fields": {"id": told.id}})
+                told.reason = "error"
+                yield _event(problem_body(DistillError("an error in this service"), told.id))
 
     def _tell(self, told: _Told, status: int) -> None:
         seconds = time.perf_counter() - told.began

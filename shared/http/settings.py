@@ -14,6 +14,8 @@ from shared.http.face import Bounds
 from shared.http.keys import KeyEntry, KeyLimits, Keys, parse_keys, read_keys
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+NAMES_OF_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+"""As a Host header tells them."""
 
 
 class ServerSettings(BaseSettings):

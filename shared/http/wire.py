@@ -59,6 +59,7 @@ class GenerationBody(CallBody):
     """Default 1."""
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(whole)] | None = None
+    """Handed on to an upstream engine. A model in this process draws for a whole batch at once and does not look at it."""
     user: str | None = None
     """Accepted, since clients send it, and not used."""
 

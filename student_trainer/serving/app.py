@@ -18,12 +18,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import Field
 
 from shared.engines import Engine
-from shared.errors import DataError
+from shared.errors import DataError, TeacherFailed, TeacherUnavailable
 from shared.http.app import App, create_app, unknown_model
 from shared.http.face import Bounds, Chosen
 from shared.http.keys import Keys
 from shared.http.problems import Refused
 from shared.http.schema import Described, Generating, Read
+from shared.http.settings import LOOPBACK, NAMES_OF_LOOPBACK
 from shared.http.wire import Answer
 from shared.models import serving_folder
 from shared.registry import current
@@ -109,6 +110,8 @@ def student_app(settings: StudentServiceSettings, *, keys: Keys | None = None, m
         teacher = UpstreamEngine([settings.teacher_url], model=settings.teacher_model, api_key=key, timeout_s=settings.deadline_s)
         beside[TEACHER] = teacher, True
     options: dict[str, Any] = {"keys": keys, "bounds": settings.bounds, "meters": meters, "beside": beside, "run": settings.run}
+    if settings.host in LOOPBACK and not settings.no_auth and not (keys and keys.required):
+        options["hosts"] = NAMES_OF_LOOPBACK
     if settings.model_dir is not None:
         served = Served(load(Student(settings.model_dir, UNPROMOTED, TaskSettings())))
         return app_over(served, public_name=settings.public_name, **options)
@@ -135,16 +138,18 @@ def app_over(
     beside: Mapping[str, tuple[Engine, bool]] = MappingProxyType({}),
     run: Path | None = None,
     following: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    hosts: tuple[str, ...] | None = None,
 ) -> App:
     """The shared face over `served`, and what only a student's server has.
 
     `beside`: who else can be asked, by name, and whether by chat. `run`: whose state GET /v1/run tells. `following` is entered before
-    the first request and left after the last.
+    the first request and left after the last. `hosts`: the names it answers to, any by default.
     """
     meters = meters or StudentMeters()
     meters.serves(served)
     meters.queue.set_function(lambda: waiting(served))
     names = (public_name, *beside)
+    teacher = beside[TEACHER][0] if TEACHER in beside else None
 
     @contextmanager
     def choose(name: str) -> Iterator[Chosen]:
@@ -153,7 +158,12 @@ def app_over(
         if name in beside and name != public_name:
             engine, chats = beside[name]
             task = served.loaded.student.task if served.loaded else TaskSettings()
-            yield Beside(engine, name, task, chats=chats)
+            try:
+                yield Beside(engine, name, task, chats=chats)
+            except TeacherUnavailable as exc:
+                if engine is teacher and type(exc) is TeacherUnavailable:  # 502: a 503 means this server, which a balancer would set aside
+                    raise TeacherFailed(str(exc)) from exc
+                raise
             return
         with served.borrow() as loaded:
             yield Answering(loaded, public_name, ended=meters.ended)
@@ -180,6 +190,7 @@ def app_over(
         routes={"/v1/generate": Generate()},
         described=_described(tuple(beside)),
         beside=running,
+        names=hosts,
     )
     seen: list[tuple[float, live.RunState]] = []
     looking = asyncio.Lock()

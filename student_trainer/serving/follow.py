@@ -231,6 +231,9 @@ class Follower:
             loaded = await self._loaded("served", found)
         if loaded is None:
             return
+        if loaded is not tried and not await self._stands(lambda: current(self._registry), found):
+            await loaded.engine.aclose()
+            return
         print(f"student: serving {_told(loaded.student)}", flush=True)
         self._logged = None
         self._retire(self._served.seat(loaded))
@@ -253,6 +256,9 @@ class Follower:
                 self._try_out(tried, found.share)
             return
         if self._wanted("tried", found.promoted) and (loaded := await self._loaded("tried", found.promoted)):
+            if not await self._stands(self._tried_now, found.promoted):
+                await loaded.engine.aclose()
+                return
             print(f"student: trying {_told(loaded.student)} on {found.share:.0%} of the requests", flush=True)
             self._try_out(loaded, found.share)
 
@@ -283,6 +289,18 @@ class Follower:
         """Return when all who were replaced have finished and are closed."""
         while self._retiring:
             await asyncio.wait(self._retiring)
+
+    def _tried_now(self) -> Promoted | None:
+        tried = canary(self._registry)
+        return tried.promoted if tried else None
+
+    async def _stands(self, looked_up: Callable[[], Promoted | None], found: Promoted) -> bool:
+        """Whether what was loaded is still wanted: a rollback may have come meanwhile. What cannot be told is taken to be as it was."""
+        try:
+            now = await asyncio.to_thread(looked_up)
+        except Exception:
+            return True
+        return now is not None and now.version == found.version
 
     def _wanted(self, what: str, found: Promoted) -> bool:
         """Whether to load this now: it has not failed, or that is a while ago."""

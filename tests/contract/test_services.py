@@ -219,7 +219,7 @@ def generate(body: Any, *, kind: Any = "decoder-only") -> tuple[httpx.Response, 
         app = generating_app(engine, Student(Path(), "v7", TaskSettings(instruction="Ask:")), kind=kind, public_name="student")
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://student") as client,
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
         ):
             return await client.post("/v1/generate", json=body), engine.asked
 

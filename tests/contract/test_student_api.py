@@ -82,7 +82,7 @@ def registry_of(folder: Path, root: Path, *, name: str = "tiny") -> Path:
 def talk(app: Any, steps: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
     async def run() -> T:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://student") as client:
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             async with asyncio.timeout(60):
                 while (await client.get("/readyz")).status_code != 200:
                     await asyncio.sleep(0.01)
@@ -180,6 +180,29 @@ def test_a_stream_is_in_pieces_what_is_answered_whole_and_both_name_the_version(
         assert [c["finish_reason"] for c in chunks] == [None] * (len(chunks) - 1) + [answer["finish_reason"]]
 
     talk(over(folders[kind][1], tmp_path), steps)
+
+
+def test_a_server_without_keys_answers_to_the_names_of_this_machine_alone_and_one_with_keys_to_any(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path, kind: str
+) -> None:
+    """A page of anybody's can let its own name mean 127.0.0.1: it would be asked as one of this machine."""
+
+    async def steps(client: httpx.AsyncClient) -> None:
+        for host in ("localhost", "localhost:8080", "127.0.0.1:8080", "[::1]:8080", "LOCALHOST"):
+            assert (await client.get("/v1/student", headers={"host": host})).status_code == 200, host
+        for path, method in (("/v1/student", "GET"), ("/v1/generate", "POST"), ("/", "GET"), ("/readyz", "GET")):
+            answer = await client.request(method, path, json={"question": QUESTION}, headers={"host": "evil.example:8080"})
+            assert answer.status_code == 403, path
+            assert "ask it as 127.0.0.1 or localhost" in answer.json()["error"]["message"]
+
+    talk(over(folders[kind][1], tmp_path), steps)
+
+    async def anywhere(client: httpx.AsyncClient) -> None:
+        assert (await client.get("/readyz", headers={"host": "student.example"})).status_code == 200
+
+    settings = StudentServiceSettings(model_dir=folders[kind][1], no_auth=True)
+    talk(student_app(settings), anywhere)
+    talk(student_app(settings.model_copy(update={"no_auth": False}), keys=Keys({"me": KeyEntry(sha256="0" * 64)})), anywhere)
 
 
 def test_the_openai_client_streams_and_asks_for_several_from_a_real_student(
@@ -381,6 +404,22 @@ def test_a_base_is_loaded_when_it_is_asked_and_answers_as_its_kind_reads(
         assert mine == base  # it is the same folder, worded the same
 
     talk(over(folders[kind][1], tmp_path, base=str(folders[kind][1])), steps)
+
+
+def test_a_teacher_that_is_not_there_is_no_reason_for_a_balancer_to_set_this_server_aside(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    async def steps(client: httpx.AsyncClient) -> None:
+        for path, asks in (
+            ("/v1/generate", {"question": "word1"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ):
+            for stream in (False, True):
+                answer = await client.post(path, json={**asks, "model": "teacher", "stream": stream})
+                assert answer.status_code == 502, answer.text
+        assert (await client.post("/v1/generate", json={"question": "word1"})).status_code == 200
+
+    talk(over(folders["encoder-decoder"][1], tmp_path, teacher_url="http://127.0.0.1:1/v1"), steps)
 
 
 def test_a_recipe_names_who_is_shown_beside_its_student(monkeypatch: pytest.MonkeyPatch) -> None:

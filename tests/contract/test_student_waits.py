@@ -138,7 +138,7 @@ def talk(registry: Path, steps: Callable[[httpx.AsyncClient], Awaitable[T]]) -> 
         app = student_app(StudentServiceSettings(registry=registry))
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://student") as client,
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
         ):
             async with asyncio.timeout(20):
                 while (await client.get("/v1/student")).json()["reason"] == "starting":
@@ -266,7 +266,7 @@ def test_a_student_out_of_a_plain_folder_has_no_name_and_no_scores() -> None:
     app = generating_app(ScriptedEngine(), Student(Path(), "unpromoted", TaskSettings()), kind="decoder-only", public_name="student")
 
     async def state() -> Any:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://student") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             return (await client.get("/v1/student")).json()
 
     told = asyncio.run(state())
@@ -418,7 +418,7 @@ def test_while_the_first_student_is_loaded_the_server_lives_and_says_so(registry
         app = app_over(served, public_name="student", following=Follower(registry, served, load=SlowToLoad()).following)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://student") as client,
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
         ):
             reason = f"loading promoted version {version.version}"
             await until(lambda: served.reason == reason)
@@ -428,6 +428,35 @@ def test_while_the_first_student_is_loaded_the_server_lives_and_says_so(registry
             go.set()
             await until(lambda: served.loaded is not None)
             assert (await client.get("/readyz")).status_code == 200
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_what_is_rolled_back_while_it_is_loaded_is_never_served(registry: Path, folder: Path) -> None:
+    go = threading.Event()
+
+    class SlowToLoad(Loader):
+        def __call__(self, student: Student) -> Loaded:
+            assert student.name == "good" or go.wait(20)
+            return super().__call__(student)
+
+    async def run() -> None:
+        served, loader = Served(), SlowToLoad()
+        follower = Follower(registry, served, load=loader)
+        good = promoted(registry, folder, name="good")
+        await follower.look()
+        bad = promoted(registry, folder, name="bad")
+        looking = asyncio.create_task(follower.look())
+        await until(lambda: served.reason == f"loading promoted version {bad.version}")
+        rollback(registry)
+        go.set()
+        await looking
+        assert served.loaded is not None
+        assert served.loaded.student.version == good.version
+        assert loader.engines["bad"].closed
+        await follower.look()
+        assert served.reason is None
+        assert loader.loads == 2
 
     asyncio.run(asyncio.wait_for(run(), 20))
 
@@ -517,7 +546,7 @@ def test_questions_of_one_request_are_answered_by_one_version_which_is_the_one_t
         old, new = (Loaded(Student(Path(), v, TaskSettings()), Gate(v), "encoder-decoder") for v in ("old", "new"))
         served = Served(old)
         transport = httpx.ASGITransport(app_over(served, public_name="student"))
-        async with httpx.AsyncClient(transport=transport, base_url="http://student") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             asked = asyncio.create_task(client.post("/v1/generate", json={"question": ["one", "two", "three"]}))
             await until(lambda: old.in_flight == 1)
             (before,) = served.seat(new)
@@ -714,6 +743,7 @@ def test_a_slow_request_on_a_replaced_student_holds_up_no_rollback_and_keeps_no_
         await follower.look()
         slow = asyncio.create_task(answer(served))
         await asyncio.sleep(0)
+        busy = loader.engines["first"]
         tried(registry, folder, name="canary")
         await follower.look()
         promoted(registry, folder, name="second")
@@ -724,10 +754,9 @@ def test_a_slow_request_on_a_replaced_student_holds_up_no_rollback_and_keeps_no_
         assert served.loaded is not None
         assert served.loaded.student.version == first.version
         assert not slow.done()
-        for engine in loader.engines.values():
-            engine.open.set()
-        await asyncio.gather(slow, return_exceptions=True)
-        await follower.settled()
+        busy.open.set()
+        await asyncio.wait_for(asyncio.gather(slow, return_exceptions=True), 5)
+        await asyncio.wait_for(follower.settled(), 5)
 
     asyncio.run(run())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -344,6 +345,22 @@ async def _sleep(request: web.Request) -> web.StreamResponse:
 def test_a_server_that_does_not_answer_in_time_is_late() -> None:
     assert isinstance(generated(_sleep, timeout_s=0.2)[0], TeacherLate)
     assert isinstance(pieces_of(_sleep, timeout_s=0.2)[1], TeacherLate)
+
+
+async def _comments(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+    await response.prepare(request)
+    for _ in range(100):
+        await response.write(b": still at work\n\n")
+        await asyncio.sleep(0.05)
+    return response
+
+
+def test_a_stream_of_comments_is_as_late_as_silence() -> None:
+    began = time.monotonic()
+    said, error = pieces_of(_comments, timeout_s=0.3)
+    assert (said, type(error)) == ([], TeacherLate)
+    assert time.monotonic() - began < 2
 
 
 class Cancelled:

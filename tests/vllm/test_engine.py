@@ -179,13 +179,13 @@ def test_a_caller_who_leaves_frees_the_engine(gateway: Gateway, engine: Engine, 
 
 @dataclass
 class Ended:
-    """How one request ended that was in flight when the engine was killed."""
+    """How one request of the load ended."""
 
     stream: bool
     status: int
     body: bytes
     at: float
-    """Seconds after the kill."""
+    """Seconds after the kill; below 0 where it ended before."""
 
 
 @dataclass
@@ -228,8 +228,12 @@ def _get(gateway: Gateway, path: str) -> httpx.Response:
 
 
 async def _killed_under_load(engine: Engine, gateway: Gateway, what: str, seen: Story) -> None:
-    """LOAD requests, every other one streamed; the kill while the engine works on them; how each ended and when /readyz turned."""
+    """LOAD requests at any time, every other one streamed, until the kill; how each ended and when /readyz turned."""
     killed = 0.0
+
+    async def asks(client: httpx.AsyncClient, stream: bool) -> None:
+        while not killed:
+            await one(client, stream)
 
     async def one(client: httpx.AsyncClient, stream: bool) -> None:
         body = {"model": "teacher", "max_tokens": 1500, "temperature": 1.2, "stream": stream} | OPENS[CHAT]
@@ -238,8 +242,8 @@ async def _killed_under_load(engine: Engine, gateway: Gateway, what: str, seen: 
         seen.ended.append(Ended(stream, response.status_code, raw, time.monotonic() - killed if killed else -1.0))
 
     async with httpx.AsyncClient(timeout=180, trust_env=False) as client:
-        asked = [asyncio.create_task(one(client, stream=bool(index % 2))) for index in range(LOAD)]
-        await asyncio.to_thread(eventually, lambda: engine.metric("vllm:num_requests_running") >= LOAD - 2, within_s=60)
+        asked = [asyncio.create_task(asks(client, stream=bool(index % 2))) for index in range(LOAD)]
+        await asyncio.to_thread(eventually, lambda: engine.metric("vllm:num_requests_running") >= LOAD - 2, within_s=120)
         killed = time.monotonic()
         threading.Thread(target=engine.kill if what == "all its processes" else engine.kill_core).start()
         while (await client.get(f"{gateway.base}/readyz")).status_code != 503:
@@ -250,8 +254,9 @@ async def _killed_under_load(engine: Engine, gateway: Gateway, what: str, seen: 
 
 
 def test_every_request_in_flight_at_a_kill_gets_its_whole_answer_or_a_clean_502_or_503(story: Story) -> None:
-    assert len(story.ended) == LOAD
-    for one in story.ended:
+    in_flight = [one for one in story.ended if one.at >= 0]
+    assert len(in_flight) >= LOAD // 2, "the engine was not under load"
+    for one in in_flight:
         if one.status == 200 and one.stream:
             *_, last = events(one.body)
             assert last == "[DONE]" or last["error"]["type"] == "server_error", one
@@ -262,9 +267,7 @@ def test_every_request_in_flight_at_a_kill_gets_its_whole_answer_or_a_clean_502_
             assert set(json.loads(one.body)["error"]) == {"message", "type", "param", "code"}, one
         for word in (b"vllm", b"127.0.0.1", b"EngineCore", b"EngineDead", b"Traceback"):
             assert word not in one.body, one
-    failed = [one for one in story.ended if one.at >= 0]
-    assert len(failed) >= LOAD // 2, "the engine was not under load"
-    assert max(one.at for one in failed) < SOON_S
+    assert max(one.at for one in in_flight) < SOON_S
 
 
 def test_readyz_turns_soon_after_a_kill(story: Story) -> None:
