@@ -27,6 +27,8 @@ DATA_LICENCES = {
     "sample": "CC0 1.0",
     "meqsum": "CC BY 4.0; Ben Abacha and Demner-Fushman, *On the Summarization of Consumer Health Questions*, ACL 2019",
 }
+ENGLISH = ("sample", "meqsum")
+"""Data sets whose language is known."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 MEDICAL = (
     "**Not medical advice, and no medical device.** This model restates the question that a message asks. It must not be used to answer "
@@ -79,8 +81,8 @@ def front_matter(run: Run, serving: ServingConfig, origin: Mapping[str, str]) ->
     return {
         **licence,
         **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
-        "pipeline_tag": "text2text-generation" if serving.kind == "encoder-decoder" else "text-generation",
-        "language": "en",
+        "pipeline_tag": "summarization" if serving.kind == "encoder-decoder" and asks_for_a_summary(run) else "text-generation",
+        **({"language": "en"} if run.recipe.dataset.name in ENGLISH else {}),
         "library_name": "transformers",
         "tags": list(TAGS),
         **({"datasets": [dataset]} if dataset and hub_name(dataset) else {}),
@@ -200,11 +202,12 @@ def _usage(run: Run, serving: ServingConfig) -> str:
     answer = "answer" if seq2seq else 'answer[inputs["input_ids"].shape[1] :]'
     ended = "".join(f".split({stop!r})[0]" for stop in recipe.evaluate.stop)
     prompt = f"{recipe.task.instruction or SUMMARISE_QUESTION}\n\n"
-    return f"""Put the question as the model was trained to read it; greedy answers are what was evaluated.
+    return f"""Put the question as the model was trained to read it; greedy answers are what was evaluated. In this folder:
 
 ```python
 from transformers import {auto}, AutoTokenizer
 
+# on the Hub: from_pretrained("the name of this repository", subfolder="hf")
 model, tokenizer = {auto}.from_pretrained("hf"), AutoTokenizer.from_pretrained("hf")
 prompt = {prompt!r} + "My mother is 80 and keeps falling at night. Could her water pill be the reason?"
 inputs = {encode}

@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dataset", metavar="NAME", help="sample, meqsum, or the path of a .jsonl, .csv or MeQSum .xlsx file")
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first N rows of the train split")
     parser.add_argument("--retry-failed", action="store_true", help="ask the teacher again for the samples that failed")
+    parser.add_argument("--answers-from", metavar="RUN", help="take what that run's teacher has answered to the same requests")
     parser.add_argument("--no-serve", action="store_true", help="end after the evaluation and the promotion")
     parser.add_argument("--port", type=int, default=8080, help="of the student's server; default 8080")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help="one recipe setting")
@@ -88,6 +89,8 @@ def main(argv: list[str]) -> int:
             extra = ["--teacher-url", asking] if asking else []
             if arguments.retry_failed and command == "harvest":
                 extra.append("--retry-failed")
+            if arguments.answers_from and command == "harvest":
+                extra += ["--answers-from", arguments.answers_from]
             run_command(command, shared + extra, {"DISTILL_TEACHER__API_KEY": key} if asking else {})
     _print_times(run, time.monotonic() - begun, prepared)
     if "evaluation" in left or not stays_rolled_back(out / "registry", out):

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from shared.artifacts import Ledger, Run, canonical, sha256_bytes
-from shared.collect import answer_offline
+from shared.collect import answer_offline, in_process
 from shared.commands import uninterrupted
 from shared.contracts import Example, GenerationRequest, Response, Sampling
 from shared.datasets.stage import prepare
 from shared.harvest.ask import Ask
+from shared.models import stamped
 from shared.prompts import messages, plain
 from shared.settings import Recipe
 
@@ -25,8 +26,8 @@ def stage_name(number: int) -> str:
     return f"responses/student-r{number}"
 
 
-def sample(run: Run, number: int = 0) -> int:
-    """Let the student answer what is missing and write the manifest. Returns the exit code.
+def sample(run: Run, number: int = 0, *, on: str | None = None, workers: int | None = None) -> int:
+    """Let the student answer what is missing and write the manifest. `on`: a cluster, with so many workers. Returns the exit code.
 
     number: of the round. Round 0 asks the undistilled student, a later one the student of the round before, which is converted for that
     into the stage's folder `serving`. Raises StageOrder, EngineError, StorageError.
@@ -39,20 +40,25 @@ def sample(run: Run, number: int = 0) -> int:
         print(f"{name}: complete, nothing to do")
         return 0
     quantization = recipe.export.quantization
-    identity = f"{recipe.student.model} ({quantization})"
+    identity = f"{stamped(recipe.student.model)} ({quantization})"
     outputs = [stage.path / LEDGER]
     if trained:
         identity = f"{_weights(run, trained)} ({quantization})"
         outputs.append(stage.path / "serving")
     with Ledger(stage.path / LEDGER, Response) as ledger:
         if recipe.sample.samples:
-            from shared.engines.local import LocalModel
+            from shared.engines.local import LocalModel, read_config
             from shared.models import serving_folder
 
             folder = _converted(run, trained, stage.path / "serving") if trained else serving_folder(recipe.student.model, quantization)
-            model = LocalModel(folder)
-            asks = student_asks(recipe, train, model.config.kind, identity=identity)
-            collected = answer_offline(model, asks, ledger, chunk=CHUNK, what="sample", seed=recipe.seed + number)
+            if on is None:
+                answering = in_process(LocalModel(folder))
+            else:
+                from shared.cluster.answer import elsewhere
+
+                answering = elsewhere(on, str(folder.absolute()) if trained else recipe.student.model, quantization, workers=workers)
+            asks = student_asks(recipe, train, read_config(folder).kind, identity=identity)
+            collected = answer_offline(answering, asks, ledger, chunk=CHUNK, what="sample", seed=recipe.seed + number)
             counts = collected.counts()
             print(f"{name}: {collected.explain()}")
         else:

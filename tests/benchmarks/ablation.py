@@ -3,7 +3,7 @@
     python tests/benchmarks/ablation.py --meqsum meqsum.xlsx    # what `make ablation MEQSUM=meqsum.xlsx` runs: hours
     python tests/benchmarks/ablation.py --quick                 # two minutes: two arms, few rows, one seed, in a folder of its own
     python tests/benchmarks/ablation.py --table                 # the tables of results/ablation.jsonl; no model is loaded
-    python tests/benchmarks/ablation.py --table --seed 0        # of one seed alone, while others are not complete
+    python tests/benchmarks/ablation.py --table --seed 0 1      # of these seeds alone, while others are not complete
 
 Student: SmolLM2-135M-Instruct, its upper 15 of 30 layers trained with AdamW, learning rate 1e-4, 8 prompts a step, 2 epochs (2 rounds:
 one each, so that all arms take as many steps). Teacher: the same with the embedded question adapter, asked over HTTP for 8 answers a
@@ -254,7 +254,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--seed", type=int, help="with --table: of this seed alone")
+    parser.add_argument("--seed", type=int, nargs="+", help="with --table: of these seeds alone")
     parser.add_argument("--cell", nargs=3, metavar=("DATA", "ARM", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work, file = arguments.work, RESULTS
@@ -284,7 +284,7 @@ def main() -> int:
                 out.write(row + "\n")
             score = json.loads(row)["rougeL"]
             print(f"{number}/{len(wanted)} {d}, {arm}, seed {seed}: ROUGE-L {score} ({time.monotonic() - begun:.0f} s)", flush=True)
-    rows = [row for row in results(file) if arguments.seed in (None, row["seed"])]
+    rows = [row for row in results(file) if arguments.seed is None or row["seed"] in arguments.seed]
     gains = tables(rows)
     print(f"\n{len(rows)} cells, {sum(r['seconds'] for r in rows) / 3600:.1f} h")
     print(json.dumps(gains))

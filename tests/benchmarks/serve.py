@@ -60,7 +60,7 @@ from shared.artifacts import make_once, new_directory
 from shared.contracts import Example, GenerationRequest, Sampling, ServingConfig
 from shared.datasets.load import load
 from shared.engines.encoding import PromptEncoder
-from shared.engines.local import COMPUTE_TYPES, Layout, LocalModel
+from shared.engines.local import COMPUTE_TYPES, Layout, LocalModel, holds_stop
 from shared.models import hugging_face_model, serving_folder
 from shared.prompts import clip, messages, zero_shot
 from shared.registry import promote
@@ -77,7 +77,9 @@ CHUNK = 4
 SWAP_S = 10.0
 """Seconds from a promotion on that count as around it, and those before it that it is compared with."""
 AFTER_REQUESTS = 500
-"""After which memory is read again."""
+"""During which memory is read, and after them again."""
+IDLE_S = 3.0
+"""Seconds between those and the last reading."""
 T5_REVISION = 1
 """Raised when the random T5 changes, so that a cached one of before is not taken for it."""
 
@@ -95,7 +97,12 @@ MEASURES = (
     "p99_over_p50_32",
     "other_answers_32",
 )
-TARGETS = {"swap_failed": Target("none", lambda value: value == 0)}
+TARGETS = {
+    "swap_failed": Target("none", lambda value: value == 0),
+    "swap_p99_ratio": Target("at most 2", lambda value: value <= 2),
+    "start_s": Target("under 3", lambda value: value < 3),
+    **dict.fromkeys(("rss_start_mb", "rss_peak_mb", "rss_idle_mb"), Target("under 500", lambda value: value < 500)),
+}
 
 
 def tell(text: str) -> None:
@@ -532,7 +539,7 @@ def _decoded(model: LocalModel, request: GenerationRequest) -> str:
 
     def heed(row: int, sample: int, token: int, last: bool) -> bool:
         ids.append(token)
-        return last or token in prompt.ends or len(ids) >= request.sampling.max_tokens
+        return last or len(ids) >= request.sampling.max_tokens or holds_stop(model.tokenizer, ids, request.sampling.stop)
 
     model.decode([prompt], heed)
     return model.completion(ids, request.sampling.stop).text
@@ -788,12 +795,19 @@ def measure_starts(subject: Subject, folder: Path, clients: Clients, *, starts: 
             if number == starts - 1:
                 at_start = server.memory_mb()
                 bodies = [subject.body(i) for i in range(len(subject.requests))]
-                clients.pool.submit(asked, Load(url=server.url + subject.path, bodies=bodies, in_flight=32, requests=requests)).result()
+                load = Load(url=server.url + subject.path, bodies=bodies, in_flight=32, requests=requests)
+                under_load = clients.pool.submit(asked, load)
+                peak = 0.0
+                while not under_load.done():
+                    peak = max(peak, server.memory_mb()[0])
+                    time.sleep(0.1)
+                under_load.result()
+                time.sleep(IDLE_S)
                 after = server.memory_mb()
     print(f"\nfrom start to /readyz, {subject.title}: " + " ".join(f"{s:.2f}" for s in seconds) + " s")
-    print(f"memory, MB resident (its own): {at_start[0]:.0f} ({at_start[1]:.0f}) at the start, {after[0]:.0f} ({after[1]:.0f}) "
-          f"after {requests} requests")  # fmt: skip
-    return {"start_s": median(seconds), "rss_start_mb": at_start[0], "rss_mb": after[0], "uss_mb": after[1]}
+    print(f"memory, MB resident (its own): {at_start[0]:.0f} ({at_start[1]:.0f}) at the start, at most {peak:.0f} while {requests} "
+          f"requests were answered, {after[0]:.0f} ({after[1]:.0f}) {IDLE_S:g} s after them")  # fmt: skip
+    return {"start_s": median(seconds), "rss_start_mb": at_start[0], "rss_peak_mb": peak, "rss_idle_mb": after[0]}
 
 
 def print_table(found: Measured) -> None:
@@ -817,7 +831,7 @@ def measure(size: Size, *, names: list[str], swap: bool, start: bool) -> None:
     rounds = "one round" if size.rounds == 1 else f"medians of {size.rounds} rounds"
     print(f"{rounds} in which systems take turns; server, clients and engine share the cores")
     values: dict[str, Any] = {name: {} for name in MEASURES}
-    values |= dict.fromkeys(("swap_failed", "swap_p99_ratio", "start_s", "rss_start_mb", "rss_mb", "uss_mb"))
+    values |= dict.fromkeys(("swap_failed", "swap_p99_ratio", "start_s", "rss_start_mb", "rss_peak_mb", "rss_idle_mb"))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         subjects = [SUBJECTS[name](size.prompts) for name in names]

@@ -291,7 +291,15 @@ def measure_padding(meqsum: Path | None) -> dict[str, float]:
     limits, tokenizer = TrainSettings(), AutoTokenizer.from_pretrained(hugging_face_model("embedded:smollm2-135m"))
     # the rejected response is some other row's reference: what counts here is its length
     preferences = [
-        Preferences(row.id, zero_shot(TaskSettings(), row.question), (row.summary, other.summary), (1.0, 0.0), (0, 0), ((0, 1),))
+        Preferences(
+            row.id,
+            zero_shot(TaskSettings(), row.question),
+            responses=(row.summary, other.summary),
+            ended=(True, True),
+            weights=(1.0, 0.0),
+            counts=(0, 0),
+            pairs=((0, 1),),
+        )
         for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)
     ]
     size = limits.batch_size

@@ -211,11 +211,15 @@ def test_the_student_summarises_a_question_by_its_own_route(student: str) -> Non
     assert "version" in answer.json()
 
 
-def test_a_refused_promotion_ends_with_exit_code_3_and_serves_nothing(tmp_path: Path) -> None:
+def test_a_run_trained_otherwise_takes_over_all_answers_and_a_refused_promotion_ends_with_exit_code_3_and_serves_nothing(
+    finished: Path, tmp_path: Path
+) -> None:
     # one step at a rate that moves nothing: the student stays what it was
     out = tmp_path / "refused"
-    done = run_smoke(out, "--set", "train.max_steps=1", "--set", "train.learning_rate=1e-12")
+    done = run_smoke(out, "--answers-from", str(finished), "--set", "train.max_steps=1", "--set", "train.learning_rate=1e-12")
     assert done.returncode == 3, done.stdout + done.stderr
+    assert f"responses/teacher: 192 answers taken over from {finished}" in done.stdout
+    assert json.loads((out / "responses/teacher/manifest.json").read_text())["counts"]["requests"] == 0
     assert "rougeL" in done.stderr
     assert not (out / "registry" / "current.json").exists()
 

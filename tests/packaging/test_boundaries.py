@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LEAVES = ("torch", "transformers", "trl", "peft", "datasets", "ctranslate2", "fastapi", "uvicorn", "vllm", "rouge_score", "nltk")
+CLUSTER = ("ray", "pyarrow")
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -24,7 +25,7 @@ def loaded_after(statement: str) -> set[str]:
 
 @pytest.mark.parametrize("module", ["contracts", "settings", "artifacts", "prompts", "errors", "registry", "collect", "datasets", "models"])
 def test_the_common_ground_loads_no_heavy_library(module: str) -> None:
-    assert not loaded_after(f"import shared.{module}") & set(LEAVES)
+    assert not loaded_after(f"import shared.{module}") & {*LEAVES, *CLUSTER}
 
 
 @pytest.mark.parametrize("module", ["teacher_service.app", "student_trainer.serving.app", "shared.engines.local"])
@@ -33,7 +34,8 @@ def test_no_server_loads_torch(module: str) -> None:
 
 
 def test_harvest_and_evaluation_load_no_torch() -> None:
-    assert not loaded_after("import student_trainer.harvest.stage, evaluator.stage") & {"torch", "transformers", "trl", "datasets"}
+    heavy = {"torch", "transformers", "trl", "datasets", *CLUSTER}
+    assert not loaded_after("import student_trainer.harvest.run, student_trainer.harvest.stage, evaluator.stage") & heavy
 
 
 def test_vllm_is_spoken_to_over_http_and_is_no_dependency() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.artifacts import Ledger
-from shared.collect import Collected, answer_offline, answers
+from shared.collect import Collected, answer_offline, answers, in_process
 from shared.contracts import Completion, GenerationRequest, Response, Sampling
 from shared.harvest.ask import Ask
 
@@ -51,7 +51,7 @@ class FakeModel:
 
 def offline(model: FakeModel, asks: Sequence[Ask], path: Path, *, chunk: int = 4, seed: int | None = 3) -> Collected:
     with Ledger(path, Response) as ledger:
-        return answer_offline(model, asks, ledger, chunk=chunk, what="test", seed=seed)
+        return answer_offline(in_process(model), asks, ledger, chunk=chunk, what="test", seed=seed)
 
 
 @pytest.mark.parametrize("prompts", [0, 1, 3, 4, 5])

@@ -14,7 +14,7 @@ from shared.errors import DataError
 CARD = """\
 ---
 license: apache-2.0
-pipeline_tag: text2text-generation
+pipeline_tag: summarization
 ---
 
 # trial
@@ -45,12 +45,12 @@ def promoted(card: str, **changes) -> str:
 
 def test_the_hub_reads_the_main_scores_of_the_distilled_student_on_the_test_rows():
     read = ModelCard(promoted(CARD)).data
-    assert (read.license, read.pipeline_tag, read.model_name) == ("apache-2.0", "text2text-generation", "trial")
+    assert (read.license, read.pipeline_tag, read.model_name) == ("apache-2.0", "summarization", "trial")
     found = {result.metric_type: result.metric_value for result in read.eval_results}
     assert found.keys() == {"rouge1", "rouge2", "rougeL", "bleu", "sacrebleu", "chrf"}
     assert [found[name] for name in ("rouge1", "rouge2", "rougeL")] == [0.5, 0.5, 0.5]
     result = read.eval_results[0]
-    assert (result.task_type, result.dataset_type, result.dataset_split) == ("text2text-generation", "meqsum", "test")
+    assert (result.task_type, result.dataset_type, result.dataset_split) == ("summarization", "meqsum", "test")
     assert result.dataset_args == {"rows": 2}
 
 
