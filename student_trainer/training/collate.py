@@ -110,8 +110,11 @@ class Collator:
         return batch | {"denominators": denominators(batch), "cells": cells(batch)}
 
     def size(self, example: Packed) -> tuple[int, int]:
-        """Tokens of its two rows, of the encoder and of the decoder; of a decoder-only model's one, and 0."""
-        responses = sum(len(example.responses[i]) for i in self.used(example))
+        """Tokens of its two rows, of the encoder and of the decoder; of a decoder-only model's one, and 0.
+
+        All responses count, also those that the loss leaves out: the same triplets come in the same batches, with an odds ratio or without.
+        """
+        responses = sum(map(len, example.responses))
         return (len(example.prompt), responses) if self.kind == "encoder-decoder" else (len(example.prompt) + responses, 0)
 
     def used(self, example: Packed) -> list[int]:
