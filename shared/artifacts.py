@@ -35,6 +35,19 @@ RECORDED_PACKAGES = (
 ANOTHER_RUN = "give another --out (with compose: RUN=name)"
 LOST_AND_FOUND = "lost+found"
 """What a fresh file system holds: a volume with nothing else is empty."""
+ASKED = {"teacher": "responses/teacher", "harvest": "responses/teacher", "sample": "responses/student-r0"}
+"""Sections of a recipe that shape nothing but answers -> the stage of these: until it has one, they may be mended."""
+MADE_BY = {
+    "dataset": "prepare",
+    "responses/teacher": "harvest",
+    "responses/student-r0": "sample",
+    "responses": "train",  # those of later rounds
+    "triplets": "triplets",
+    "checkpoints": "train",
+    "model": "export",
+    "evaluation": "evaluate",
+}
+"""Stages, or the first part of their names, and the commands that complete them."""
 _LOCKED: dict[Path, int] = {}
 """Lock files this process holds, with their handles: a stage may be opened several times in one process, not in two."""
 T = TypeVar("T", bound=Contract)
@@ -268,17 +281,13 @@ class Run:
         fresh = {"format": FORMAT, "recipe": mine, "created_at": now()}
         if file.exists():
             theirs = _recorded_recipe(file)
-            differences = [
-                f"{key}: the run has {theirs_value!r}, you ask for {mine_value!r}"
-                for key, (theirs_value, mine_value) in _compare(theirs, mine).items()
-                if not key.startswith(PROCEDURE)
-            ]
-            if differences and _is_unused(path):  # an earlier command failed before its first stage did anything
+            differences = {key: values for key, values in _compare(theirs, mine).items() if not key.startswith(PROCEDURE)}
+            # an earlier command failed before its first stage did anything, or before the first answer that these settings shape
+            if differences and (_is_unused(path) or all(_shapes_nothing_yet(path, key) for key in differences)):
                 write_json(file, fresh)
             elif differences:
-                raise RunMismatch(
-                    f"{path} belongs to a run with other settings; {ANOTHER_RUN}, or ask for the same: " + "; ".join(differences)
-                )
+                told = [f"{key}: the run has {theirs!r}, you ask for {mine!r}" for key, (theirs, mine) in differences.items()]
+                raise RunMismatch(f"{path} belongs to a run with other settings; {ANOTHER_RUN}, or ask for the same: " + "; ".join(told))
         else:
             if path.exists() and (not path.is_dir() or not all(e.name == LOST_AND_FOUND or _is_temporary(e) for e in path.iterdir())):
                 raise RunMismatch(f"{path} exists, is not empty and is no run directory (it has no run.json); {ANOTHER_RUN}")
@@ -289,8 +298,12 @@ class Run:
         """A stage that reads the outputs of the stages named in `inputs`. Raises StageOrder if one of them is not complete."""
         for other in inputs:
             if not (self.path / other / "manifest.json").exists():
-                raise StageOrder(f"{name} reads {other}/, which {self.path} does not have yet: run that stage first")
-        return Stage(self, name, tuple(inputs))
+                command = MADE_BY.get(other) or MADE_BY.get(other.partition("/")[0], "COMMAND")
+                raise StageOrder(f"{name} reads {other}/, which {self.path} does not have yet: run `distill {command}` first")
+        stage = Stage(self, name, tuple(inputs))
+        if name in ASKED.values():
+            Run.open(self.path, self.recipe)  # until this process had the stage, another one might begin with other settings
+        return stage
 
     def manifest(self, name: str) -> Manifest | None:
         """The manifest of a complete stage, else None."""
@@ -299,6 +312,16 @@ class Run:
             return Manifest.model_validate_json(file.read_bytes()) if file.exists() else None
         except ValidationError as exc:
             raise DataError(f"{file}: not a readable manifest; remove it and run its stage again") from exc
+
+
+def _shapes_nothing_yet(run: Path, setting: str) -> bool:
+    """Whether all that a setting shapes are answers of a stage that has no line yet, and that no other process is at work on."""
+    name = ASKED.get(setting.partition(".")[0])
+    if name is None or _is_taken(run / ".locks" / name.replace("/", "-")):
+        return False
+    files = [file for file in (run / name).rglob("*") if file.is_file()]
+    # cluster.json: a harvest on a cluster, whose answers may be in a bucket
+    return not any(file.name in ("manifest.json", "cluster.json") or (file.suffix == ".jsonl" and file.stat().st_size) for file in files)
 
 
 def _is_unused(run: Path) -> bool:
@@ -382,6 +405,18 @@ def _lock(path: Path, what: str) -> None:
         # a pid alone means nothing to another container
         os.pwrite(handle, f"{os.getpid()} on {platform.node()}".encode(), 0)
     _LOCKED[path] = handle
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether another process has locked `path`."""
+    if path.absolute() in _LOCKED or not path.exists():
+        return False
+    with path.open("rb") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _recorded_recipe(file: Path) -> Any:

@@ -67,18 +67,21 @@ class Collected:
         return f"{self.prompts} prompts, {self.answers} answers, {failed}, {self.cut_off} cut off"
 
     def counts(self) -> dict[str, Any]:
-        """The census for a manifest; the rate is rows/s."""
+        """The census for a manifest, and beside it what this call has done; the rate is rows/s."""
         return {
             "prompts": self.prompts,
             "answers": self.answers,
             "failed": dict(sorted(self.failed.items())),
             "cut_off": self.cut_off,
             "distinct_fraction": round(self.distinct_fraction, 4),
-            "requests": self.requests,
-            "refused": self.refused,
-            "shared": self.shared,
-            "seconds": round(self.seconds, 3),
-            "rows_per_s": round(self.collected / self.seconds, 2) if self.seconds else 0.0,
+            "last_command": {
+                "rows": self.collected,
+                "requests": self.requests,
+                "refused": self.refused,
+                "shared": self.shared,
+                "seconds": round(self.seconds, 3),
+                "rows_per_s": round(self.collected / self.seconds, 2) if self.seconds else 0.0,
+            },
         }
 
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from shared.artifacts import Run
 
 
+def install(extra: str) -> str:
+    """How to get the libraries of one of pyproject.toml's extras. The package itself is in no index, where its name is anybody's."""
+    return f"in the checkout, pip install -e '.[{extra}]'"
+
+
 def stage_parser(command: str, description: str) -> argparse.ArgumentParser:
     """An argument parser with --recipe, --out and --set."""
     parser = argparse.ArgumentParser(prog=f"distill {command}", description=description)

@@ -14,6 +14,7 @@ DistillError                     1
     TeacherRejected              7   retrying cannot help: key refused, certificate, out of credit
       NotTheApi                  7   an answer of something else: the wrong URL if it is the first, else a fault
       RequestRefused             7   this one request was refused: a failed row
+        RequestForbidden         7   the same by 403, unless nothing was answered so far: then it may be the key
   HarvestTooThin                 8   too few usable answers
   StageOrder                     9   a stage this one reads has not been finished
   StorageError                  10   no space, read-only, locked by another writer
@@ -112,6 +113,10 @@ class RequestRefused(TeacherRejected):
     def __init__(self, message: str, *, kind: FailureClass = "refused", maybe_billed: bool = False) -> None:
         super().__init__(message)
         self.kind, self.maybe_billed = kind, maybe_billed
+
+
+class RequestForbidden(RequestRefused):
+    """HTTP 403: of a key that was answered before this one request alone is refused (moderation), else it may be the key."""
 
 
 class HarvestTooThin(DistillError):

@@ -97,7 +97,10 @@ def offline_model(reference: str) -> str:
             except Exception as exc:  # a boundary: errors of the Hub, of the connection and of the name have no class in common
                 if local and isinstance(exc, LocalEntryNotFoundError):
                     continue
-                raise EngineError(f"cannot load the model {model}: {exc}") from exc
+                raise EngineError(
+                    f"cannot load the model {model}: {exc}; where no hub is reached, student.model can be a folder or "
+                    "embedded:smollm2-135m, and the variable HF_ENDPOINT names another hub"
+                ) from exc
             if any(Path(found).glob(weights)):
                 return found
     raise EngineError(f"cannot load the model {model}: the Hub has neither safetensors nor .bin weights of it")

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
 from typing import assert_never
 
+from shared.commands import install
 from shared.contracts import Example
 from shared.errors import SettingsError
 from shared.settings import RedactKind
@@ -78,9 +79,7 @@ class Redactor:
         try:
             self._finders = {kind: _finder(kind, region) for kind in ORDER if kind in kinds}
         except ImportError as exc:
-            raise SettingsError(
-                f"harvest.redact: {', '.join(kinds)}: {exc.name} is missing: pip install 'blackbox-distill[privacy]'"
-            ) from exc
+            raise SettingsError(f"harvest.redact: {', '.join(kinds)}: {exc.name} is missing: {install('privacy')}") from exc
 
     def __call__(self, text: str) -> tuple[str, Counter[str]]:
         """`text` with its hits replaced, and their number by kind. What comes out holds no hits: redacting it again changes nothing."""

@@ -7,6 +7,7 @@ A secret is a field of type SecretStr with a twin `NAME_file`: a path whose cont
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -149,6 +150,8 @@ class TeacherSettings(Section):
                 "url: it holds a secret, and would be told in manifests and reports; give api_key_file, or protocol custom, which can send "
                 'a key as another header, with "{api_key}" for it'
             )
+        if self.url is not None and not (parts.scheme in ("http", "https") and parts.hostname):
+            raise ValueError("url: give the whole of it, e.g. teacher.url=http://127.0.0.1:8000/v1")
         return self
 
     @property
@@ -176,7 +179,8 @@ class TeacherSettings(Section):
         url = given or self.url
         if url is None:
             raise SettingsError(
-                "teacher.url: the recipe launches its teacher; give --teacher-url (`distill run` starts it and does so itself)"
+                "teacher.url: the recipe launches its teacher: start it with `distill teacher --recipe R --no-auth` and give "
+                "--teacher-url http://127.0.0.1:8000/v1 (`distill run` does both itself)"
             )
         return url
 
@@ -194,7 +198,7 @@ class BudgetSettings(Section):
     aside before it is sent."""
 
     cost: float | None = Field(None, gt=0)
-    """In the currency of teacher.price."""
+    """In the currency of teacher.price. protocol custom: the template needs "{max_tokens}", else nobody knows the most."""
     requests: int | None = Field(None, ge=1)
     seconds: float | None = Field(None, gt=0)
     """Of harvesting, pauses between two commands left out; none is sent after them."""
@@ -513,6 +517,15 @@ class Recipe(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _a_budget_has_a_bound(self) -> Recipe:
+        if self.harvest.budget.cost is not None and self.teacher.custom is not None and not self.teacher.custom.bounded:
+            raise ValueError(
+                "harvest.budget.cost: teacher.custom.body does not say how long an answer may be, so nobody knows what a request costs at "
+                'most; write "{max_tokens}" where the API takes that bound, or cap harvest.budget.requests'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_gain_can_pass(self) -> Recipe:
         least = 2 / (self.evaluate.resamples + 1)
         if self.promote.alpha <= least:
@@ -582,7 +595,7 @@ def load_settings(model: type[SettingsT], *, flags: Mapping[str, Any], yaml_file
     """
     names = list(dotted_names(model))
     _refuse_unknown_variables(model, names)
-    recipe = _read_yaml(yaml_file) if yaml_file else {}
+    recipe = read_yaml(yaml_file) if yaml_file else {}
     overrides = _nest(flags, names)
 
     class Layered(model):  # type: ignore[valid-type,misc]
@@ -600,8 +613,7 @@ def load_settings(model: type[SettingsT], *, flags: Mapping[str, Any], yaml_file
     try:
         layered: Any = Layered()
     except (ValidationError, SourceError) as exc:
-        where = str(yaml_file) if yaml_file else model.__name__
-        raise SettingsError(explain(exc, names, where)) from exc
+        raise SettingsError(explain(exc, names, yaml_file)) from exc
     layered.__class__ = model
     return layered  # type: ignore[no-any-return]
 
@@ -665,13 +677,16 @@ def nearest(name: str, names: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def explain(exc: ValidationError | SourceError, names: list[str], where: str) -> str:
-    """A ValidationError as one sentence a field, without pydantic's own vocabulary."""
+def explain(exc: ValidationError | SourceError, names: list[str], recipe: Path | None) -> str:
+    """A ValidationError as one sentence a field, without pydantic's own vocabulary. `recipe`: None where fields are a command's options."""
+    where = f"{recipe}: " if recipe else ""
     if isinstance(exc, SourceError):
-        return f"{where}: {exc}: {exc.__cause__}"
+        return f"{where}{exc}: {exc.__cause__}"
     lines = []
     for error in exc.errors():
         field = ".".join(str(part) for part in error["loc"])
+        if field and not recipe:
+            field = f"--{field.replace('_', '-')}"
         if not field:  # what concerns several sections names its fields itself
             lines.append(error["msg"].removeprefix("Value error, "))
             continue
@@ -681,8 +696,11 @@ def explain(exc: ValidationError | SourceError, names: list[str], where: str) ->
             lines.append(f"{field}: required, and neither flag, environment nor recipe gives it")
         else:
             given = "" if isinstance(error["input"], (dict, BaseModel)) else f" (got {error['input']!r})"
-            lines.append(f"{field}: {error['msg'].removeprefix('Value error, ')}{given}")
-    return f"{where}: " + "; ".join(lines)
+            said = error["msg"].removeprefix("Value error, ")
+            if error["type"] == "tuple_type":
+                said = f"expected a list, e.g. {json.dumps([str(error['input'])])}"
+            lines.append(f"{field}: {said}{given}")
+    return where + "; ".join(lines)
 
 
 def _refuse_unknown_variables(model: type[BaseSettings], names: list[str]) -> None:
@@ -710,7 +728,8 @@ def _nest(flags: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     return nested
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe's own words, before flags and environment. Raises SettingsError."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as exc:

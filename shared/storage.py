@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shared.artifacts import temporary_name
+from shared.commands import install
 from shared.errors import SettingsError, storage_error
 
 FSSPEC = "install the file system's package, e.g. pip install s3fs"
@@ -28,7 +29,7 @@ class Storage:
         try:
             from pyarrow import fs
         except ImportError as exc:
-            raise SettingsError("storage that machines share needs pyarrow: pip install 'blackbox-distill[cluster]'") from exc
+            raise SettingsError(f"storage that machines share needs pyarrow: {install('cluster')}") from exc
         self._fs: Any
         if "://" not in self.uri:
             self._fs, self._root = fs.LocalFileSystem(), os.path.join(self.uri, self._folder).rstrip("/")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from shared.commands import open_run, stage_parser
 from shared.errors import SettingsError
 
 if TYPE_CHECKING:
     from shared.artifacts import Run
+
+STARTED_BESIDE = "http://teacher:8000/v1"
+"""Where compose and Kubernetes start a teacher, whose address they put in the place of a recipe's own."""
 
 
 def main(argv: list[str]) -> int:
@@ -21,6 +26,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.require_gpu:
         refuse_without_gpu()
+    refuse_another_teacher(arguments.recipe)
     run = open_run(arguments)
 
     from shared.datasets.load import load
@@ -51,6 +57,22 @@ def refuse_without_gpu(root: str = "/") -> None:
     if not driver.exists() and "microsoft" not in kernel.read_text().lower():
         raise SettingsError(
             "compose.yaml needs an NVIDIA GPU, and this machine has no NVIDIA driver. Without one: docker compose -f compose.cpu.yaml up"
+        )
+
+
+def refuse_another_teacher(file: Path) -> None:
+    """Raises SettingsError for a recipe whose own teacher is elsewhere, where containers put the one that they start in its place."""
+    from shared.settings import read_yaml
+
+    teacher = read_yaml(file).get("teacher")
+    url = teacher.get("url") if isinstance(teacher, dict) else None
+    if not url or os.environ.get("DISTILL_TEACHER__URL") != STARTED_BESIDE:
+        return
+    host = urlsplit(str(url)).hostname  # the rest may hold a secret
+    if host not in ("127.0.0.1", "localhost", "::1", urlsplit(STARTED_BESIDE).hostname):
+        raise SettingsError(
+            f"recipe {file}: its teacher.url is at {host}, but the teacher that is started here would be asked in its place; to ask the "
+            "recipe's own, set TEACHER_URL and TEACHER_MODEL to its url and model, and TEACHER_KEY_FILE (Kubernetes: the ConfigMap teacher)"
         )
 
 

@@ -150,9 +150,7 @@ class Rows:
 
 
 class Answers:
-    """A ledger of answers, segment by segment. Of several rows for one sample the last counts, and only a failed one is ever asked
-    for again.
-    """
+    """A ledger of answers, segment by segment. Of several rows for one sample the last counts."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -161,8 +159,9 @@ class Answers:
     def _begin(self) -> None:
         self._segments: dict[Path, Rows] = {}
         self._failed: dict[tuple[str, str], str] = {}
+        self._answered: set[int] = set()
+        """Hashes, which take less room than keys and examples."""
         self.damaged: Counter[Path] = Counter()
-        self.answered = 0
 
     def look(self) -> None:
         """Read what was added, or everything if the segments were compacted since. Raises OSError."""
@@ -180,12 +179,18 @@ class Answers:
         except ValidationError:
             self.damaged[file] += 1
             return
+        place = (row.key, row.example_id)
         if row.status == "failed":
             reason = (row.reason or "").partition(":")[0]
-            self._failed[row.key, row.example_id] = reason if reason.isidentifier() else OTHER
+            self._failed[place] = reason if reason.isidentifier() else OTHER
+            self._answered.discard(hash(place))
         else:
-            self._failed.pop((row.key, row.example_id), None)
-            self.answered += 1
+            self._failed.pop(place, None)
+            self._answered.add(hash(place))
+
+    @property
+    def answered(self) -> int:
+        return len(self._answered)
 
     @property
     def rows(self) -> int:

@@ -97,7 +97,8 @@ def launched_by(file: Path, flags: dict[str, Any]) -> dict[str, Any]:
     if teacher.launch is None:
         raise SettingsError(
             f"--recipe {file}: the recipe's teacher is at {teacher.url}: there is nothing to launch; "
-            "the stages ask it there (to serve another one: --engine and --model-ref without --recipe)"
+            "the stages ask it there (to serve another one: --engine and --model-ref without --recipe; with compose: TEACHER_URL and "
+            "TEACHER_MODEL)"
         )
     who = {"engine": teacher.launch.engine, "public_name": teacher.public_name}
     return flags | who | ({"model_ref": teacher.launch.model} if teacher.launch.engine == "local" else {})

@@ -58,7 +58,7 @@ class TeacherServiceSettings(ServerSettings):
     @model_validator(mode="after")
     def _upstream_is_named(self) -> TeacherServiceSettings:
         if self.engine == "upstream" and not (self.upstream_url and self.upstream_model):
-            raise ValueError("engine upstream needs upstream_url (with its /v1) and upstream_model")
+            raise ValueError("engine upstream needs --upstream-url (with its /v1) and --upstream-model")
         if self.engine == "local" and self.workers > 1:
-            raise ValueError("workers: a local model runs in one process, which uses all cores; leave workers out")
+            raise ValueError("--workers: a local model runs in one process, which uses all cores; leave it out")
         return self

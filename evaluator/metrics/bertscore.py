@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from evaluator.metrics.metric import Answered, Metric, mean
 from shared.artifacts import canonical, read_jsonl, sha256_bytes, sha256_file, write_jsonl
+from shared.commands import install
 from shared.contracts import Contract, Prediction
 from shared.errors import DataError, EngineError, SettingsError, StageOrder
 from shared.settings import BertScoreSettings
@@ -94,7 +95,7 @@ class _Encoder:
             from transformers import AutoConfig, AutoModel, AutoTokenizer
             from transformers.utils import logging
         except ImportError as exc:
-            raise SettingsError(f"evaluate.bertscore: {exc.name} is missing: pip install 'blackbox-distill[train]'") from exc
+            raise SettingsError(f"evaluate.bertscore: {exc.name} is missing: {install('train')}") from exc
         logging.set_verbosity_error()  # else it reports every weight of a head that nobody asked for
         logging.disable_progress_bar()
         try:

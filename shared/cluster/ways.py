@@ -17,6 +17,7 @@ from typing import Any
 
 import shared.errors
 from shared import __version__
+from shared.commands import install
 from shared.errors import DistillError, SettingsError, StorageError
 from shared.storage import Storage
 
@@ -47,7 +48,7 @@ def connected(on: str, *, logs: bool = False) -> Iterator[Any]:
         import ray
         from ray.data import DataContext
     except ImportError as exc:
-        raise SettingsError("--on: a cluster needs Ray: pip install 'blackbox-distill[cluster]'") from exc
+        raise SettingsError(f"--on: a cluster needs Ray: {install('cluster')}") from exc
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": logs}
     heard = signal.getsignal(signal.SIGTERM)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifacts import canonical, sha256_bytes, write_atomic
+from shared.commands import install
 from shared.datasets.rows import Dataset, Row, Source, make_splits
 from shared.errors import DataError, SettingsError
 from shared.settings import DatasetSettings
@@ -21,7 +22,7 @@ SHA256 = "abedd939d5014306ca576522416bf69103e85dc8fcf1668a4099e8b84a39eeea"
 """Of the file as published."""
 QUESTION_COLUMNS = ("chq", "question")
 SUMMARY_COLUMNS = ("summary",)
-INSTALL = "pip install 'blackbox-distill[datasets]'"
+INSTALL = install("datasets")
 
 
 def load_meqsum(settings: DatasetSettings, cache: Path, *, url: str = URL, sha256: str = SHA256, timeout_s: float = 60.0) -> Dataset:

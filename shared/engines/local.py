@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
+from random import Random
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
@@ -139,7 +140,7 @@ class LocalModel:
         try:
             import ctranslate2
         except ImportError as exc:
-            raise EngineError("the local engine needs CTranslate2: pip install 'blackbox-distill[local]'") from exc
+            raise EngineError("the local engine needs CTranslate2: in the checkout, pip install -e '.[local]'") from exc
         kind = ctranslate2.Translator if self._encodes else ctranslate2.Generator
         try:
             return kind(
@@ -200,15 +201,15 @@ class LocalModel:
         """Completions of each request, in order: `request.n` of them; at temperature 0 all `n` are the same greedy one.
 
         Text ends before the first stop text, and white space at its beginning is removed (small models open with a blank).
-        Samples come from the TOP_K likeliest tokens. With a `seed` the same requests give the same samples on the same
-        machine; CTranslate2 draws from one generator a batch, so the seeds of single requests are not looked at.
+        Samples come from the TOP_K likeliest tokens, in no order. With a `seed` the same requests give the same samples on the
+        same machine; CTranslate2 draws from one generator a batch, so the seeds of single requests are not looked at.
         Raises RequestRefused (before any work) and EngineError.
         """
         prompts = [self.encode(request) for request in requests]
         if seed is None or all(p.sampling.temperature == 0 for p in prompts):
-            return self._complete(prompts, [self._shared], self.workers)
+            return self._complete(prompts, [self._shared], self.workers, Random(seed))
         self._engine = None  # more copies of a model than needed may not fit
-        return self._complete(prompts, [self._seeded(seed + i) for i in range(SEEDED_WORKERS)], SEEDED_WORKERS)
+        return self._complete(prompts, [self._seeded(seed + i) for i in range(SEEDED_WORKERS)], SEEDED_WORKERS, Random(seed))
 
     @property
     def _shared(self) -> Any:
@@ -280,7 +281,7 @@ class LocalModel:
         """A `tokenizers.Tokenizer`."""
         return self._encoder.tokenizer
 
-    def _complete(self, prompts: Sequence[Prompt], engines: Sequence[Any], workers: int) -> list[list[Completion]]:
+    def _complete(self, prompts: Sequence[Prompt], engines: Sequence[Any], workers: int, chance: Random) -> list[list[Completion]]:
         groups: dict[tuple[Sampling, int], list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
             groups[prompt.decoding].append(index)
@@ -296,6 +297,8 @@ class LocalModel:
             for index, handle in zip(batch, handles, strict=True):
                 try:
                     answers = self._ids(handle.result())
+                    # they come likeliest first: who takes some of them must not get other ones than had fewer been asked for
+                    chance.shuffle(answers)
                 except RuntimeError as exc:
                     raise EngineError(f"the model failed to answer: {exc}") from exc
                 completions = [self.completion(ids[: sampling.max_tokens], sampling.stop) for ids in answers]

@@ -73,7 +73,7 @@ class Lease:
     later_s: float = 0.0
     """After which to ask again, where there is nothing to lease now."""
     spent: str = ""
-    """Which cap is reached: nothing more will be leased."""
+    """Which cap is reached: nothing more will be leased. Every lease says so once the time is up, whether more is wanted or not."""
     ending: bool = False
     """Whether the harvest ends, and what is in flight is waited for."""
 
@@ -199,7 +199,7 @@ class Allowance:
 
     def _leased(self, report: Report, share: _Share) -> Lease:
         if self.ending or self.late:
-            return self._nothing(spent=self._explain() if self.late else "")
+            return self._nothing()
         if (gate_s := self._pace.gate_s) > 0:
             return self._nothing(later_s=min(gate_s, LONGEST_LATER_S))
         if self._pace.ahead_s > max(LONGEST_LATER_S, HORIZON_S * len(self._shares)):
@@ -217,6 +217,7 @@ class Allowance:
         return Lease(requests, start_s, every_s)
 
     def _nothing(self, *, later_s: float = 0.0, spent: str = "") -> Lease:
+        spent = spent or (self._explain() if self.late else "")
         return Lease(gate_s=self._pace.gate_s, later_s=later_s, spent=spent, ending=self.ending)
 
     def _note(self, share: _Share, report: Report) -> None:

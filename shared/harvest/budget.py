@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.contracts import Completion, GenerationRequest
 from shared.errors import DataError, storage_error
+from shared.harvest.custom_api import CustomApi
 from shared.harvest.teacher import Answer
 from shared.settings import BudgetSettings, PriceSettings
 
@@ -46,26 +48,24 @@ class Account(BaseModel):
     seconds: float = Field(ge=0)
 
 
-def estimated_tokens(request: GenerationRequest) -> int:
-    """Tokens of a prompt by rule: one for every 3 bytes of UTF-8, and 8 a message."""
-    texts = _texts(request)
-    return sum(map(tokens_of, texts)) + TOKENS_A_MESSAGE * len(texts)
+def estimated_tokens(request: GenerationRequest, custom: CustomApi | None = None) -> int:
+    """Tokens of what is sent, by rule: one for every 3 bytes of UTF-8, and 8 a message. `custom`: the API it is sent to, all of whose
+    filled template counts.
+    """
+    sizes = _sizes(request, custom)
+    return sum(math.ceil(size / BYTES_A_TOKEN) for size in sizes) + TOKENS_A_MESSAGE * len(sizes)
 
 
-def _texts(request: GenerationRequest) -> list[str]:
-    return [message.content for message in request.messages or ()] if request.prompt is None else [request.prompt]
+def _sizes(request: GenerationRequest, custom: CustomApi | None) -> list[int]:
+    """Bytes of each text that is sent."""
+    if custom is not None:
+        return [len(json.dumps(custom.asked(request, model="", api_key=None), ensure_ascii=False).encode(errors="replace"))]
+    texts = [message.content for message in request.messages or ()] if request.prompt is None else [request.prompt]
+    return [len(text.encode(errors="replace")) for text in texts]
 
 
 def tokens_of(text: str) -> int:
     return math.ceil(len(text.encode(errors="replace")) / BYTES_A_TOKEN)
-
-
-def _answered_tokens(request: GenerationRequest, answer: Answer) -> int:
-    if answer.output_tokens is not None:
-        return answer.output_tokens
-    most = request.sampling.max_tokens
-    # of an answer that was kept back nobody knows its length
-    return sum(min(most, tokens_of(c.text)) if isinstance(c, Completion) else most for c in answer.choices)
 
 
 def reached(caps: BudgetSettings, account: Account, *, late: bool) -> str:
@@ -78,24 +78,36 @@ def reached(caps: BudgetSettings, account: Account, *, late: bool) -> str:
 
 
 class Prices:
-    """What requests cost by teacher.price. A prompt has at most as many tokens as bytes, and an answer at most max_tokens."""
+    """What requests cost by teacher.price. What is sent has at most as many tokens as bytes, and an answer at most max_tokens where they
+    are sent.
+    """
 
-    def __init__(self, price: PriceSettings | None) -> None:
+    def __init__(self, price: PriceSettings | None, custom: CustomApi | None = None) -> None:
+        """`custom`: teacher.custom, by which more may be sent than the prompt, and no bound of the answer."""
         self._in, self._out = (price.input_per_million / 1e6, price.output_per_million / 1e6) if price else (0.0, 0.0)
-        self.priced = price is not None
+        self.priced, self._custom = price is not None, custom
+        self._bounded = custom is None or custom.bounded
 
     def most(self, request: GenerationRequest) -> float:
         """What it may cost."""
         if not self.priced:
             return 0.0
-        texts = _texts(request)
-        tokens = sum(len(text.encode(errors="replace")) for text in texts) + TOKENS_A_MESSAGE * len(texts) + TOKENS_A_REQUEST
+        sizes = _sizes(request, self._custom)
+        tokens = sum(sizes) + TOKENS_A_MESSAGE * len(sizes) + TOKENS_A_REQUEST
         return self._in * tokens + self._out * request.n * request.sampling.max_tokens
 
     def of(self, request: GenerationRequest, answer: Answer) -> float:
         """What it has cost: by the teacher's count, else by rule."""
-        counted = answer.input_tokens if answer.input_tokens is not None else estimated_tokens(request)
-        return self._in * counted + self._out * _answered_tokens(request, answer)
+        counted = answer.input_tokens if answer.input_tokens is not None else estimated_tokens(request, self._custom)
+        return self._in * counted + self._out * self._answered_tokens(request, answer)
+
+    def _answered_tokens(self, request: GenerationRequest, answer: Answer) -> int:
+        if answer.output_tokens is not None:
+            return answer.output_tokens
+        asked = request.sampling.max_tokens
+        # of an answer that was kept back nobody knows its length
+        counts = [tokens_of(choice.text) if isinstance(choice, Completion) else asked for choice in answer.choices]
+        return sum(min(asked, count) if self._bounded else count for count in counts)
 
 
 class Purse(Protocol):
@@ -122,11 +134,12 @@ class Budget:
         caps: BudgetSettings,
         price: PriceSettings | None = None,
         *,
+        custom: CustomApi | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises DataError for a damaged account, StorageError."""
+        """`custom`: as for `Prices`. Raises DataError for a damaged account, StorageError."""
         self._caps, self._clock = caps, clock
-        self._prices = Prices(price)
+        self._prices = Prices(price, custom)
         self.priced = self._prices.priced
         self._path = file
         try:

@@ -29,7 +29,8 @@ class Circuit:
         self._patience, self._whom, self._clock, self._jitter = patience_s, whom, clock, jitter
         self._lived = False
         self._failures = 0
-        self._since = 0.0
+        self._since = self._due = self._ends = 0.0
+        """Of the failures in a row: the first; the end of patience from there on; that from the last pause that was asked for before it."""
         self._pause = FIRST_PROBE_S
         self._probe_at = -math.inf
         self.error = ""
@@ -43,11 +44,18 @@ class Circuit:
         """It has answered, if only to refuse."""
         self._lived, self._failures, self._pause, self._probe_at = True, 0, FIRST_PROBE_S, -math.inf
 
-    def failed(self, error: str, *, probe: bool = False) -> None:
-        """It was not reached, broke off, was too late or answered that it failed. `probe`: what `sent` has said of this request."""
+    def failed(self, error: str, *, probe: bool = False, gate_until: float = -math.inf) -> None:
+        """It was not reached, broke off, was too late or answered that it failed.
+
+        `probe`: what `sent` has said of this request; `gate_until`: the time until which it wants to be left alone, if it does.
+        """
         now, was_open = self._clock(), self.open
+        patience = self._patience if self._lived else min(self._patience, AT_FIRST_S)
         if not self._failures:
-            self._since = now
+            self._since, self._due = now, max(now, gate_until) + patience
+            self._ends = self._due
+        elif now < self._due:  # a teacher that asks for pauses for ever is given up all the same
+            self._ends = max(self._ends, gate_until + patience)
         self._failures += 1
         self.error = error
         if self.open and (probe or not was_open):
@@ -71,9 +79,8 @@ class Circuit:
 
     @property
     def left_s(self) -> float:
-        """Seconds of patience that are left; infinity while the circuit is closed."""
-        patience = self._patience if self._lived else min(self._patience, AT_FIRST_S)
-        return self._since + patience - self._clock() if self.open else math.inf
+        """Seconds of patience that are left, which begins after a pause that was asked for; infinity while the circuit is closed."""
+        return self._ends - self._clock() if self.open else math.inf
 
     def explain(self) -> str:
         """What is waited for, in one line; nothing while the circuit is closed."""

@@ -152,6 +152,11 @@ class CustomApi(BaseModel):
         return "messages" in self.used
 
     @property
+    def bounded(self) -> bool:
+        """Whether it is told how long an answer may be."""
+        return "max_tokens" in self.used
+
+    @property
     def most_choices(self) -> int | None:
         """Answers a request may ask for; None: as many as one likes."""
         return None if "n" in self.used else 1

@@ -24,6 +24,8 @@ SEGMENT_BYTES = 64 * 2**20
 INDEX_KIB = 32 * 1024
 """Of the index in memory; the rest of it is in a file that has no name any more."""
 READ_AT_ONCE = 20_000
+TRIES, AGAIN_S = 5, 0.1
+"""Of opening files that are put together meanwhile."""
 OK = "ok"
 PARTITIONS = "partitions"
 """Where those of a harvest on a cluster are, until their lines are gathered."""
@@ -64,48 +66,36 @@ class Answers(Protocol):
     def sync(self) -> None: ...
 
 
-class AnswerLedger:
-    """`STEM-000001.jsonl` and so on in a folder while a harvest is under way, `STEM.jsonl` once it is compacted; one writer at a time.
+class AnswerReader:
+    """The answers a ledger has when it is opened, whoever goes on writing it: nothing is locked, mended or written there.
 
-    Of several lines for one key and example the last counts. Opening repairs torn tails: what a crash cut short is asked for again.
-    Lines outlive this process from `append` on and the machine from `sync` on.
+    Of several lines for one key and example the last counts. A torn tail is left out: it is being written, or a crash has cut it short.
     """
 
-    def __init__(self, folder: Path, stem: str = "responses", *, segment_bytes: int = SEGMENT_BYTES) -> None:
-        """Raises StorageError where another writer is at work or nothing can be written, DataError for a damaged line."""
-        self.folder, self._stem, self._segment_bytes = folder, stem, segment_bytes
-        self.base = folder / f"{stem}.jsonl"
-        self.repaired_bytes = self.superseded = 0
-        self.dirty = False
-        self._segment: BinaryIO | None = None
-        self._syncing = threading.Lock()
-        self._end = 0
-        self._readers: dict[int, BinaryIO] = {}
+    def __init__(self, folder: Path, stem: str = "responses") -> None:
+        """Raises StorageError where something cannot be read, DataError for a damaged line."""
+        self._begin(folder, stem)
+        self._ends: list[int] = []
+        """Of what each file had."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / f".{stem}.lock").open("ab")
+            self._open_all()
+            self._index = _new_index("")  # a file of SQLite's own, among the machine's temporary ones
+            self._ends = [self._read_in(number, self._readers[number]) for number in range(len(self._files))]
         except OSError as exc:
-            raise storage_error(exc, folder) from exc
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for leftover in folder.glob(f".{stem}.*.tmp"):  # of a process that was killed
-                leftover.unlink(missing_ok=True)
-            self._index = self._new_index()
-            self._files = answer_files(folder, stem)
-            for number, path in enumerate(self._files):
-                self._read_in(number, path)
-        except BlockingIOError as exc:
-            self._lock.close()
-            raise StorageError(f"{self.base}: another process is writing this ledger; wait for it or end it") from exc
-        except OSError as exc:
-            self._lock.close()
-            raise storage_error(exc, folder) from exc
+            self._close_files()
+            raise StorageError(f"{folder}: cannot be read: {exc.strerror or exc}; give this user the right to, or a copy") from exc
         except sqlite3.Error as exc:
-            self._lock.close()
+            self._close_files()
             raise self._no_index(exc) from exc
         except BaseException:
-            self._lock.close()
+            self._close_files()
             raise
+
+    def _begin(self, folder: Path, stem: str) -> None:
+        self.folder, self._stem = folder, stem
+        self.superseded = 0
+        self._files: list[Path] = []
+        self._readers: dict[int, BinaryIO] = {}
 
     def find(self, keys: Sequence[str]) -> dict[tuple[str, int], Held]:
         """What the ledger has of some keys, by key and the hash of the example's id; in one go, which costs a third of one by one."""
@@ -128,13 +118,143 @@ class AnswerLedger:
     def read(self, held: Held) -> Response:
         """The row at a place. Raises StorageError."""
         try:
-            reader = self._readers.get(held.file)
-            if reader is None:
-                reader = self._readers[held.file] = self._files[held.file].open("rb")
-            reader.seek(held.at)
-            return Response.model_validate_json(reader.readline())
+            file = self._file(held.file)
+            file.seek(held.at)
+            return Response.model_validate_json(file.readline())
         except OSError as exc:
             raise storage_error(exc, self._files[held.file]) from exc
+
+    def rows(self) -> Iterator[Response]:
+        """The rows that count, in the order in which they came. Raises DataError, StorageError."""
+        return (row for _, row in self._lines())
+
+    def close(self) -> None:
+        self._close_files()
+        self._index.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _open_all(self) -> None:
+        """All files, before they are read: they may be put together and removed at any time."""
+        for tries_left in reversed(range(TRIES)):
+            self._files = answer_files(self.folder, self._stem)
+            try:
+                for number, path in enumerate(self._files):
+                    self._readers[number] = path.open("rb")
+                return
+            except FileNotFoundError:
+                self._close_files()
+                if not tries_left:
+                    raise
+                time.sleep(AGAIN_S)
+
+    def _file(self, number: int) -> BinaryIO:
+        return self._readers[number]
+
+    def _read_in(self, number: int, file: BinaryIO) -> int:
+        """Enter all whole lines of a file into the index. Returns how many bytes they have."""
+        end, entries = 0, []
+        for count, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            entries.append(self._entry(parsed(line, self._files[number], count), number, end))
+            end += len(line)
+            if len(entries) == READ_AT_ONCE:
+                self._enter(sorted(entries))
+                entries = []
+        self._enter(sorted(entries))  # neighbours in the index one after the other
+        return end
+
+    def _entry(self, row: Response, number: int, at: int) -> Entry:
+        # Python's own hash: this index dies with this process
+        return _short(row.key), hash(row.example_id), number, at, kind_of(row), hash(row.text)
+
+    def _enter(self, entries: Sequence[Entry]) -> None:
+        try:
+            before = self._index.total_changes
+            self._index.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?, ?)", entries)
+            if self._index.total_changes - before < len(entries):  # some are there already: the last counts
+                self._index.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?)", entries)
+                self.superseded += 1
+        except sqlite3.Error as exc:
+            raise self._no_index(exc) from exc
+
+    def _no_index(self, exc: sqlite3.Error) -> StorageError:
+        return StorageError(f"{self.folder}: the index of the answers: {exc}; see to space and rights there and run the same command again")
+
+    def _lines(self) -> Iterator[tuple[bytes, Response]]:
+        for number, path in enumerate(self._files):
+            at = count = 0
+            try:
+                while at < self._ends[number]:
+                    file = self._file(number)
+                    file.seek(at)  # `read` may have been elsewhere in between
+                    line, count = file.readline(), count + 1
+                    row = parsed(line, path, count)
+                    if not self.superseded or self._counts(row, number, at):
+                        yield line, row
+                    at += len(line)
+            except OSError as exc:
+                raise storage_error(exc, path) from exc
+
+    def _counts(self, row: Response, number: int, at: int) -> bool:
+        place = self._index.execute("SELECT file, at FROM rows WHERE key = ? AND example = ?", (_short(row.key), hash(row.example_id)))
+        return bool(place.fetchone() == (number, at))
+
+    def _close_files(self) -> None:
+        for file in self._readers.values():
+            file.close()
+        self._readers = {}
+
+
+class AnswerLedger(AnswerReader):
+    """`STEM-000001.jsonl` and so on in a folder while a harvest is under way, `STEM.jsonl` once it is compacted; one writer at a time.
+
+    Of several lines for one key and example the last counts. Opening repairs torn tails: what a crash cut short is asked for again.
+    Lines outlive this process from `append` on and the machine from `sync` on.
+    """
+
+    def __init__(self, folder: Path, stem: str = "responses", *, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """Raises StorageError where another writer is at work or nothing can be written, DataError for a damaged line."""
+        self._begin(folder, stem)
+        self._segment_bytes, self.base = segment_bytes, folder / f"{stem}.jsonl"
+        self.repaired_bytes = 0
+        self.dirty = False
+        self._segment: BinaryIO | None = None
+        self._syncing = threading.Lock()
+        self._end = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / f".{stem}.lock").open("ab")
+        except OSError as exc:
+            raise storage_error(exc, folder) from exc
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in folder.glob(f".{stem}.*.tmp"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
+            index = temporary_name(folder / f"{stem}.index")
+            index.unlink(missing_ok=True)
+            self._index = _new_index(index)
+            index.unlink()  # it lives as long as this process has it open
+            self._files = answer_files(folder, stem)
+            for number in range(len(self._files)):
+                self._mend(number)
+        except BlockingIOError as exc:
+            self._lock.close()
+            raise StorageError(f"{self.base}: another process is writing this ledger; wait for it or end it") from exc
+        except OSError as exc:
+            self._lock.close()
+            raise storage_error(exc, folder) from exc
+        except sqlite3.Error as exc:
+            self._lock.close()
+            raise self._no_index(exc) from exc
+        except BaseException:
+            self._lock.close()
+            raise
 
     def append(self, rows: Sequence[Response]) -> None:
         """Add lines, all of them whole or none. Raises StorageError; the ledger stays usable."""
@@ -170,10 +290,6 @@ class AnswerLedger:
                 self.dirty = True
                 raise storage_error(exc, self._files[-1]) from exc
 
-    def rows(self) -> Iterator[Response]:
-        """The rows that count, in the order in which they came. Raises DataError, StorageError."""
-        return (row for _, row in self._lines())
-
     def compact(self) -> Path:
         """Put the lines that count into one file, atomically, remove the segments and close the ledger. Returns the file's path.
 
@@ -205,61 +321,19 @@ class AnswerLedger:
             self._index.close()
             self._lock.close()
 
-    def __enter__(self) -> Self:
-        return self
+    def _file(self, number: int) -> BinaryIO:
+        reader = self._readers.get(number)
+        if reader is None:
+            reader = self._readers[number] = self._files[number].open("rb")
+        return reader
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def _new_index(self) -> sqlite3.Connection:
-        """A table of the rows by key. It is made anew from the lines at every opening: nothing to repair, nothing to keep in step."""
-        path = temporary_name(self.folder / f"{self._stem}.index")
-        path.unlink(missing_ok=True)
-        index = sqlite3.connect(path, isolation_level=None)
-        index.execute("PRAGMA journal_mode = OFF")
-        index.execute("PRAGMA synchronous = OFF")
-        index.execute("PRAGMA locking_mode = EXCLUSIVE")
-        index.execute(f"PRAGMA cache_size = -{INDEX_KIB}")
-        index.execute(
-            "CREATE TABLE rows (key BLOB, example INTEGER, file INTEGER, at INTEGER, kind TEXT, text INTEGER, PRIMARY KEY (key, example))"
-            " WITHOUT ROWID"
-        )
-        index.execute("BEGIN")  # for good: it is never committed, since it is never read again
-        path.unlink()  # it lives as long as this process has it open
-        return index
-
-    def _read_in(self, number: int, path: Path) -> None:
+    def _mend(self, number: int) -> None:
         """Enter all lines of a file into the index; cut what follows the last line feed."""
-        self._end, entries = 0, []
-        with path.open("rb+") as file:
-            for count, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    self.repaired_bytes += len(line)
-                    file.truncate(self._end)
-                    break
-                entries.append(self._entry(parsed(line, path, count), number, self._end))
-                self._end += len(line)
-                if len(entries) == READ_AT_ONCE:
-                    self._enter(sorted(entries))
-                    entries = []
-        self._enter(sorted(entries))  # neighbours in the index one after the other
-
-    def _entry(self, row: Response, number: int, at: int) -> Entry:
-        # Python's own hash: this index dies with this process
-        return _short(row.key), hash(row.example_id), number, at, kind_of(row), hash(row.text)
-
-    def _enter(self, entries: Sequence[Entry]) -> None:
-        try:
-            before = self._index.total_changes
-            self._index.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?, ?)", entries)
-            if self._index.total_changes - before < len(entries):  # some are there already: the last counts
-                self._index.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?)", entries)
-                self.superseded += 1
-        except sqlite3.Error as exc:
-            raise self._no_index(exc) from exc
-
-    def _no_index(self, exc: sqlite3.Error) -> StorageError:
-        return StorageError(f"{self.folder}: the index of the answers: {exc}; see to space and rights there and run the same command again")
+        with self._files[number].open("rb+") as file:
+            self._end = self._read_in(number, file)
+            if torn := file.seek(0, os.SEEK_END) - self._end:
+                self.repaired_bytes += torn
+                file.truncate(self._end)
 
     def _room(self) -> BinaryIO:
         """The segment to append to: the last one, unless it is full."""
@@ -296,10 +370,6 @@ class AnswerLedger:
             except OSError as exc:
                 raise storage_error(exc, path) from exc
 
-    def _counts(self, row: Response, number: int, at: int) -> bool:
-        place = self._index.execute("SELECT file, at FROM rows WHERE key = ? AND example = ?", (_short(row.key), hash(row.example_id)))
-        return bool(place.fetchone() == (number, at))
-
     def _write_base(self) -> None:
         temporary = temporary_name(self.base)
         try:
@@ -317,9 +387,10 @@ class AnswerLedger:
             temporary.unlink(missing_ok=True)
 
     def _close_files(self) -> None:
-        for file in [*self._readers.values(), *([self._segment] if self._segment else [])]:
-            file.close()
-        self._readers, self._segment = {}, None
+        super()._close_files()
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
 
 
 def answer_files(folder: Path, stem: str = "responses") -> list[Path]:
@@ -333,10 +404,10 @@ def kinds(folder: Path, stem: str = "responses") -> dict[tuple[str, str], str]:
 
     Raises DataError.
     """
-    for _ in range(5):
+    for _ in range(TRIES):
         with contextlib.suppress(FileNotFoundError):  # the segments were compacted in between
             return _read_kinds(_all_files(folder, stem))
-        time.sleep(0.1)
+        time.sleep(AGAIN_S)
     return _read_kinds(_all_files(folder, stem))
 
 
@@ -354,6 +425,21 @@ def _read_kinds(files: Sequence[Path]) -> dict[tuple[str, str], str]:
                     row = parsed(line, path, number)
                     found[row.key, row.example_id] = kind_of(row)
     return found
+
+
+def _new_index(path: str | Path) -> sqlite3.Connection:
+    """A table of the rows by key. It is made anew from the lines at every opening: nothing to repair, nothing to keep in step."""
+    index = sqlite3.connect(path, isolation_level=None)
+    index.execute("PRAGMA journal_mode = OFF")
+    index.execute("PRAGMA synchronous = OFF")
+    index.execute("PRAGMA locking_mode = EXCLUSIVE")
+    index.execute(f"PRAGMA cache_size = -{INDEX_KIB}")
+    index.execute(
+        "CREATE TABLE rows (key BLOB, example INTEGER, file INTEGER, at INTEGER, kind TEXT, text INTEGER, PRIMARY KEY (key, example))"
+        " WITHOUT ROWID"
+    )
+    index.execute("BEGIN")  # for good: it is never committed, since it is never read again
+    return index
 
 
 def _short(key: str) -> bytes:

@@ -25,6 +25,7 @@ from shared.errors import (
     FailureClass,
     HarvestTooThin,
     NotTheApi,
+    RequestForbidden,
     RequestRefused,
     StorageError,
     TeacherBusy,
@@ -37,6 +38,7 @@ from shared.harvest.ask import Ask
 from shared.harvest.budget import Purse, Reserved, estimated_tokens
 from shared.harvest.census import Census, Prompt
 from shared.harvest.circuit import Circuit
+from shared.harvest.custom_api import CustomApi
 from shared.harvest.ledger import OK, Answers, Held
 from shared.harvest.pace import Pace
 from shared.harvest.smoke import PROMPTS, Smoke
@@ -52,6 +54,8 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
 """Bounds of the pause before another attempt at one request; it is drawn from all below a bound that doubles (full jitter)."""
 MOST_WAITING = 4096
 """Rows that wait for another example's answer to the same request; then no more prompts are drawn until it comes."""
+FORBIDDEN = 32
+"""Answers of 403 in a row after which it is the key after all: one that was revoked would make failed rows of all that are left."""
 AT_ONCE = 256
 """Held prompts passed over before others of this process have their turn."""
 LOOKED_UP, MOST_MARKS = 64, 512
@@ -69,6 +73,8 @@ class Limits:
     patience_s: float = 300.0
     timeout_s: float = 120.0
     """The teacher's own, by which slowness is judged."""
+    custom: CustomApi | None = None
+    """The teacher's own API: of its template all is sent, and counts for `tokens_per_minute`."""
     max_answer_chars: int = 100_000
     first_failures: float | None = 0.5
     """Share of the first prompts' answers: if so many fail, nothing more is sent. None: the first are like all others."""
@@ -84,6 +90,7 @@ class Limits:
             max_attempts=teacher.max_attempts,
             patience_s=teacher.patience_s,
             timeout_s=teacher.timeout_s,
+            custom=teacher.custom,
             max_answer_chars=settings.max_answer_chars,
         )
 
@@ -202,8 +209,10 @@ class _Harvest:
         """Rows, by requests of this call and not by another example's answer."""
         self._several = self._singles = False
         """Whether one request was answered several times, or only once split."""
-        self._doubt: NotTheApi | None = None
-        """Something has answered that is not the API, and nothing else so far."""
+        self._doubt: TeacherRejected | None = None
+        """Something has answered that is not the API, or with 403, and nothing else so far."""
+        self._forbidden = 0
+        """Answers of 403 since the last other one."""
         self._hopeless = False
         """Patience has ended, and all that is left has failed by itself before."""
         self._requests = 0
@@ -365,9 +374,10 @@ class _Harvest:
 
     def _send(self, job: _Job, reserved: Reserved | None) -> None:
         request = job.prompt.ask.part(job.samples)
-        sent_at = self._pace.sent(
-            estimated_tokens(request) + request.n * request.sampling.max_tokens if self._limits.tokens_per_minute else 0
-        )
+        tokens = 0
+        if self._limits.tokens_per_minute:
+            tokens = estimated_tokens(request, self._limits.custom) + request.n * request.sampling.max_tokens
+        sent_at = self._pace.sent(tokens)
         probe = self._circuit.sent()
         self._requests += 1
         job.attempts += 1
@@ -399,8 +409,16 @@ class _Harvest:
             self._ready.appendleft(job)
         except RequestRefused as exc:
             self._pace.answered(sent_at)
-            self._doubt = None
-            self._refused(job, exc, time.monotonic() - sent_at)
+            self._forbidden += isinstance(exc, RequestForbidden)
+            if isinstance(exc, RequestForbidden) and not self._answered:
+                self._doubt = exc
+                self._ready.appendleft(job)
+            elif self._forbidden > FORBIDDEN:
+                self._ready.appendleft(job)
+                self._end(exc)
+            else:
+                self._doubt = None
+                self._refused(job, exc, time.monotonic() - sent_at)
         except (TeacherUnavailable, NotTheApi) as exc:
             if isinstance(exc, TeacherLate):
                 self._pace.late(sent_at)
@@ -420,7 +438,10 @@ class _Harvest:
         """Ask, and settle what was set aside for it."""
         answer, billed = None, True  # also where it is given up while it may still be answered, or where the answer is garbled
         try:
-            answer = await self._teacher.ask(request)
+            said = await self._teacher.ask(request)
+            if not said.choices:
+                raise TeacherFailed(f"none of {request.n} choices came", maybe_billed=True)
+            answer = said
             return answer
         except (TeacherUnavailable, RequestRefused) as exc:
             billed = exc.maybe_billed
@@ -434,12 +455,9 @@ class _Harvest:
 
     def _keep(self, job: _Job, answer: Answer, latency_s: float) -> None:
         """Rows of what came, and another job for what did not."""
-        outage, self._hopeless = self._circuit.open, False
+        outage, self._hopeless, self._forbidden = self._circuit.open, False, 0
         self._circuit.lives()
         found = answer.choices[: len(job.samples)]
-        if not found:
-            self._give_up(job, "unanswered", f"none of {len(job.samples)} choices came", latency_s)
-            return
         answered = self._rows(job, zip(job.samples, found, strict=False), latency_s, version=answer.version)
         if answered and (len(found) > 1 or job.split):
             self._several, self._singles = self._several or len(found) > 1, self._singles or job.split
@@ -465,9 +483,9 @@ class _Harvest:
     def _again(self, job: _Job, exc: TeacherUnavailable | NotTheApi, probe: bool) -> None:
         """Another attempt, later; a row whose attempts are used up fails once the teacher is known to answer others."""
         wait_s = exc.retry_after_s if isinstance(exc, TeacherUnavailable) else None
-        self._circuit.failed(str(exc), probe=probe)
         if wait_s:
             self._pace.wait(wait_s)
+        self._circuit.failed(str(exc), probe=probe, gate_until=self._pace.gate_until)
         job.error = str(exc)
         if isinstance(exc, (TeacherLate, TeacherFailed, NotTheApi)):  # else it was not even reached
             job.failures += 1

@@ -47,7 +47,8 @@ class Teacher(Protocol):
 
         TeacherBusy (429; may say when to come back), TeacherLate (no answer in time), TeacherFailed (5xx, or an answer that broke
         off or cannot be read), plain TeacherUnavailable (never reached: nothing was sent): worth another attempt.
-        RequestRefused: this request alone. NotTheApi: an answer of something else, the wrong URL if it is the first one.
+        RequestRefused: this request alone; of it RequestForbidden (403): unless nothing was answered so far. NotTheApi: an answer of
+        something else, the wrong URL if it is the first one.
         Any other TeacherRejected: asking cannot help (key refused, certificate, out of credit).
         """
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,12 +15,14 @@ from typing import Any, Literal
 
 import aiohttp
 import httpx
+from aiohttp.connector import Connection
 from httpx_aiohttp import AiohttpTransport
 from pydantic_core import PydanticSerializationError, to_json
 
 from shared.contracts import Completion, GenerationRequest
 from shared.errors import (
     NotTheApi,
+    RequestForbidden,
     RequestRefused,
     SettingsError,
     TeacherBusy,
@@ -36,6 +39,10 @@ LONGEST_S = 7 * 86_400.0
 """What is made of a Retry-After that says never."""
 CONNECTIONS = 1024
 """More than any harvest has in flight: the caller bounds concurrency, not the connection pool."""
+MOST_TOKENS = 10**9
+"""Of one answer: a larger count makes no sense."""
+SPARE_FILES = 64
+"""Open files that are not connections."""
 SHOWN = 200
 """Characters of a foreign answer that an error quotes."""
 MAX_BODY_BYTES = 16 * 2**20
@@ -59,6 +66,15 @@ class Named:
 
     url: str = "teacher URL"
     key: str = "teacher.api_key_file, DISTILL_TEACHER__API_KEY"
+
+
+class _WithoutReason(aiohttp.ClientResponse):
+    """The words behind a status may be of any bytes, and httpx_aiohttp fails at those that are no UTF-8; nobody reads them."""
+
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        await super().start(connection)
+        self.reason = None
+        return self
 
 
 class Exchange:
@@ -94,6 +110,7 @@ class Exchange:
             # a context takes 50 ms to make
             connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=httpx.create_ssl_context() if self.base.scheme == "https" else False),
             cookie_jar=aiohttp.DummyCookieJar(),
+            response_class=_WithoutReason,
             trust_env=not is_loopback(self.base.host),
         )
 
@@ -148,8 +165,13 @@ class Exchange:
             raise RequestRefused(
                 message, kind="too_long" if too_long else "content_filter" if b"content_filter" in reply.body else "refused"
             )
-        if status in (401, 403):
+        if status == 401:
             raise TeacherRejected(f"{message}; give the API key this server wants ({self._named.key})")
+        if status == 403:
+            raise RequestForbidden(
+                f"{message}; if it says so to every request, give the API key this server wants ({self._named.key})",
+                kind="content_filter" if b"content_filter" in reply.body else "refused",
+            )
         if status == 402:
             raise TeacherRejected(f"{message}; the account must pay first")
         raise NotTheApi(f"{message}; {'the server is somewhere else; give its own URL' if 300 <= status < 400 else remedy}")
@@ -305,7 +327,7 @@ class OpenAITeacher:
 def _count(usage: Any, field: str) -> int | None:
     """A number of tokens, if the teacher gives one that makes sense."""
     count = usage.get(field) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and count >= 0 else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= MOST_TOKENS else None
 
 
 def teacher_of(settings: TeacherSettings, given: str | None) -> Teacher:
@@ -342,6 +364,23 @@ def parsed_url(text: str, named: str = "teacher URL") -> httpx.URL:
     if url.userinfo:
         raise SettingsError(f"{named}: it holds a password; give the key by itself")
     return url
+
+
+def refuse_too_many(requests: int, setting: str) -> None:
+    """See to it that so many requests may be in flight: each holds a connection, which is an open file of this process.
+
+    `setting`: what bounds them, for the message. Raises SettingsError where the hard limit of open files is too low for them.
+    """
+    needed = requests + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise SettingsError(
+            f"{setting} = {requests}: this process may have no more than {hard} files open, and that takes {needed}; lower {setting} to "
+            f"{max(1, hard - SPARE_FILES)}, or raise the hard limit (ulimit -Hn, LimitNOFILE= of systemd, --ulimit nofile= of docker)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else hard, hard))
 
 
 def is_loopback(host: str) -> bool:

@@ -21,7 +21,7 @@ from shared.errors import (
 )
 from shared.harvest.custom_api import CustomApi, Ending, Outcome
 from shared.harvest.teacher import Answer, Refusal
-from shared.http.client import Exchange, Reply, encoded, headers_with, retry_after
+from shared.http.client import MOST_TOKENS, Exchange, Reply, encoded, headers_with, retry_after
 
 ENDINGS: dict[str, Ending] = {"stop": "stop", "length": "length", "content_filter": "content_filter"}
 READ = ("choices", "text", "finish_reason", "error", "retry_after_s", "input_tokens", "output_tokens")
@@ -149,7 +149,7 @@ class CustomTeacher:
 
     def _count(self, field: str, answer: Any) -> int | None:
         count = self._find(field, answer)
-        return count if isinstance(count, int) and not isinstance(count, bool) and count >= 0 else None
+        return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= MOST_TOKENS else None
 
 
 def _word(said: Any) -> str:

@@ -19,6 +19,7 @@ from shared.errors import DataError, FailureClass, HarvestTooThin, RunMismatch, 
 from shared.harvest.ask import Ask
 from shared.harvest.ledger import AnswerLedger
 from shared.harvest.scheduler import Limits, harvest
+from shared.http.client import refuse_too_many
 from student_trainer.batch.rows import KINDS, Rows, read_rows
 from student_trainer.batch.student import StudentApi
 
@@ -57,6 +58,7 @@ def answer_file(job: Job, *, api_key: str | None, concurrency: int, retry_failed
     `job.out` is written, with their errors) or all of the first ones (then it is not).
     """
     _check_out(job)
+    refuse_too_many(concurrency, "--concurrency")
     rows = read_rows(job.source, job.column)
     student = StudentApi(job.url, model=job.model, truncate=job.truncate, api_key=api_key, timeout_s=TIMEOUT_S)
     retry = frozenset(get_args(FailureClass)) if retry_failed else frozenset()

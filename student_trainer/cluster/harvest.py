@@ -32,7 +32,7 @@ from shared.collect import Collected
 from shared.commands import Interruption, Progress, interruptible
 from shared.contracts import Example, Response
 from shared.datasets.stage import prepare
-from shared.errors import INTERRUPTED, TERMINATED, DataError, DistillError, RunMismatch, StorageError, storage_error
+from shared.errors import INTERRUPTED, TERMINATED, BudgetSpent, DataError, DistillError, RunMismatch, StorageError, storage_error
 from shared.harvest.allowance import Allowance, Lease, Report
 from shared.harvest.budget import Account, Prices, estimated_tokens
 from shared.harvest.census import together
@@ -40,7 +40,7 @@ from shared.harvest.leases import LeasedPace, LeasedPurse
 from shared.harvest.ledger import PARTITIONS, AnswerLedger, answer_files
 from shared.harvest.scheduler import Limits, Standing, harvest
 from shared.harvest.segments import BASE, SegmentLedger, folder_of
-from shared.http.client import teacher_of
+from shared.http.client import refuse_too_many, teacher_of
 from shared.settings import Recipe
 from shared.storage import Storage
 from student_trainer.harvest.stage import ACCOUNT, CLUSTER, STAGE, Prompts, check, drawn_shots, finish
@@ -329,20 +329,25 @@ class Worker:
             error = desks_own(exc)
             if error is None:
                 raise  # a fault of ours: all of it is told
-            with suppress(Exception):
-                self._desk.end.remote()  # nobody else need find out the same
+            if not isinstance(error, BudgetSpent):  # which others are told with their leases: what they have in flight is paid for
+                with suppress(Exception):
+                    self._desk.end.remote()  # nobody else need find out the same
             outcome = Outcome(NOTHING, {}, (type(error).__name__, f"{error} (on {os.uname().nodename})"))
         return {"outcome": [json.dumps(dataclasses.asdict(outcome))]}
 
     async def _harvested(self, partition: Partition) -> Outcome:
         job, recipe = self._job, self._job.recipe
+        refuse_too_many(recipe.harvest.concurrency, "harvest.concurrency")
         if not await asyncio.wait_for(self._desk.begin.remote(partition.number), CALL_S * 3):
             return Outcome(NOTHING, {})
         lines = job.storage.range(ROWS, partition.start, partition.size).splitlines()
         prompts = Prompts(recipe, [Example.model_validate_json(line) for line in lines], job.drawn)
-        asks, prices = list(prompts), Prices(recipe.teacher.price)
+        asks, prices = list(prompts), Prices(recipe.teacher.price, recipe.teacher.custom)
         owner = f"{os.uname().nodename}-{uuid.uuid4().hex[:12]}"
         drawn = 0
+        limits = Limits.of(recipe)
+        if self._passed:
+            limits = dataclasses.replace(limits, first_failures=None)
 
         def counted() -> Iterator[Any]:
             nonlocal drawn
@@ -358,7 +363,7 @@ class Worker:
             ask,
             worker=owner,
             left=lambda: len(asks) - drawn,
-            tokens=sum(estimated_tokens(a.request) + a.request.n * a.request.sampling.max_tokens for a in asks) / len(asks),
+            tokens=sum(estimated_tokens(a.request, limits.custom) + a.request.n * a.request.sampling.max_tokens for a in asks) / len(asks),
             most_cost=max(prices.most(a.request) for a in asks),
             timeout_s=recipe.teacher.timeout_s,
         )
@@ -373,9 +378,6 @@ class Worker:
                 self._desk.watch.remote(partition.number, standing)
                 loop.call_soon_threadsafe(pace.tell, job.tell_every_s)
 
-        limits = Limits.of(recipe)
-        if self._passed:
-            limits = dataclasses.replace(limits, first_failures=None)
         teacher = teacher_of(recipe.teacher, job.teacher_url)
         try:
             with SegmentLedger(job.storage, partition.number, owner) as ledger:
@@ -482,8 +484,7 @@ def _tell(ray: Any, desk: Any, watch: Watch, total: int, stopping: Interruption,
             now = summed(standings, total, account, ended=ended, last=last)
             waiting = now.waiting if processors else "no node is left: waiting for one"
             note = ", ".join(filter(None, [waiting, f"{now.in_flight} in flight", f"{now.refused} x 429" if now.refused else ""]))
-            with suppress(DistillError):
-                watch(now)
+            watch(now)
             rows = now.answers + sum(now.failed.values())
             if rows > before:
                 progress.step(rows - before)

@@ -10,7 +10,7 @@ from typing import Any
 
 from shared.artifacts import new_directory, temporary_name
 from shared.errors import DataError, SettingsError, storage_error
-from shared.harvest.ledger import AnswerLedger, answer_files
+from shared.harvest.ledger import AnswerReader, answer_files
 
 COLUMNS = {
     "key": "string",
@@ -31,7 +31,7 @@ def export(stage: Path, to: Path) -> int:
     """Write the rows that count, one a sample, to `to`; whole or not at all. Returns their number.
 
     Raises DataError without a ledger, SettingsError for a name that is taken or of another kind and where `datasets` is not installed,
-    StorageError while a harvest is at work.
+    StorageError. A harvest may be at work: what it has so far is written, and the stage's own folder need not be writable.
     """
     if to.exists() or not to.name or to.suffix not in ("", ".parquet"):
         raise SettingsError(f"{to}: give a new name, that of a folder or one that ends in .parquet; what is there is not replaced")
@@ -41,9 +41,14 @@ def export(stage: Path, to: Path) -> int:
     try:
         import datasets
     except ImportError as exc:
-        raise SettingsError("distill harvest export needs the datasets library: pip install 'blackbox-distill[datasets]'") from exc
+        raise SettingsError("distill harvest export needs the datasets library: in the checkout, pip install -e '.[datasets]'") from exc
     features = datasets.Features({name: datasets.Value(kind) for name, kind in COLUMNS.items()})
-    with AnswerLedger(stage) as ledger, tempfile.TemporaryDirectory(dir=stage, prefix=".export.", suffix=".tmp") as cache:
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        nowhere = tempfile.TemporaryDirectory(dir=to.parent, prefix=".export.", suffix=".tmp")
+    except OSError as exc:
+        raise storage_error(exc, to) from exc
+    with nowhere as cache, AnswerReader(stage) as ledger:
 
         def rows() -> Iterator[dict[str, Any]]:
             for row in ledger.rows():
@@ -53,7 +58,6 @@ def export(stage: Path, to: Path) -> int:
         table = datasets.Dataset.from_generator(rows, features=features, cache_dir=cache, fingerprint="ledger")
         try:
             if to.suffix == ".parquet":
-                to.parent.mkdir(parents=True, exist_ok=True)
                 temporary = temporary_name(to)
                 table.to_parquet(str(temporary))
                 temporary.replace(to)

@@ -12,14 +12,14 @@ from typing import Self
 from shared.artifacts import Run, Stage, read_json
 from shared.collect import Collected
 from shared.commands import interruptible
-from shared.contracts import Example, GenerationRequest, Sampling
+from shared.contracts import CUT_OFF, Example, GenerationRequest, Sampling
 from shared.datasets.stage import prepare, shots
 from shared.errors import HarvestTooThin, RunMismatch, SettingsError
 from shared.harvest.ask import Ask
 from shared.harvest.budget import Account, Budget, estimated_tokens
-from shared.harvest.ledger import AnswerLedger, answer_files, kinds
+from shared.harvest.ledger import OK, AnswerLedger, AnswerReader, Held, answer_files, kinds
 from shared.harvest.scheduler import LOOKED_UP, MOST_MARKS, Limits, harvest
-from shared.http.client import teacher_of
+from shared.http.client import refuse_too_many, teacher_of
 from shared.prompts import messages, plain
 from shared.redact import Redaction
 from shared.settings import Recipe
@@ -59,12 +59,13 @@ def run_stage(
         print(f"{STAGE}: complete, nothing to do")
         return 0
     refuse_other_way(stage.path)
+    refuse_too_many(recipe.harvest.concurrency, "harvest.concurrency")
     prompts = Prompts.of(run, train)
     teacher = teacher_of(recipe.teacher, teacher_url)
     watch = Watch(stage.path, run.path.name, metrics_file)
     with (
         AnswerLedger(stage.path) as ledger,
-        Budget(stage.path / ACCOUNT, recipe.harvest.budget, recipe.teacher.price) as budget,
+        Budget(stage.path / ACCOUNT, recipe.harvest.budget, recipe.teacher.price, custom=recipe.teacher.custom) as budget,
         interruptible() as stopping,
     ):
         if answers_from is not None:
@@ -95,25 +96,58 @@ def run_stage(
 
 
 def take_over(run: Path, ledger: AnswerLedger, prompts: Iterable[Ask]) -> int:
-    """Copy from another run's ledger what would be asked in the very same words here, and is not there yet. Returns the rows copied.
+    """Copy from another run's ledger the answers to what would be asked in the very same words here, and is not there yet, whichever
+    example they were given to. Returns the rows copied.
 
     Raises SettingsError for a run without answers, StorageError, DataError.
     """
-    source, taken, left = run / STAGE, 0, iter(prompts)
-    if not answer_files(source) or source.resolve() == ledger.folder.resolve():
-        raise SettingsError(f"--answers-from {run}: expected another run, with the answers of a teacher in {STAGE}/")
-    with AnswerLedger(source) as other:
-        while asks := list(islice(left, LOOKED_UP)):
-            wanted = [(key, hash(ask.example_id)) for ask in asks for key in ask.sample_keys()]
-            for first in range(0, len(wanted), MOST_MARKS):
-                part = wanted[first : first + MOST_MARKS]
-                keys = [key for key, _ in part]
-                there, here = other.find(keys), ledger.find(keys)
-                rows = [other.read(there[place]) for place in dict.fromkeys(part) if place in there and place not in here]
-                ledger.append(rows)
-                taken += len(rows)
+    taken = 0
+    with other_answers(run, ledger.folder) as other:
+        for wanted, found in _looked_up(prompts, other):
+            here = ledger.find([key for _, _, key in wanted])
+            rows = [
+                other.read(found[key, ask.example_id]).model_copy(update={"example_id": ask.example_id, "sample": sample})
+                for ask, sample, key in wanted
+                if (key, ask.example_id) in found and (key, hash(ask.example_id)) not in here
+            ]
+            ledger.append(rows)
+            taken += len(rows)
     ledger.sync()
     return taken
+
+
+def other_answers(run: Path, stage: Path) -> AnswerReader:
+    """The answers of another run than that of `stage`. Raises SettingsError for a run without any, StorageError, DataError."""
+    source = run / STAGE
+    if not answer_files(source) or source.resolve() == stage.resolve():
+        raise SettingsError(f"--answers-from {run}: expected another run, with the answers of a teacher in {STAGE}/")
+    return AnswerReader(source)
+
+
+Sample = tuple[Ask, int, str]
+"""A sample of an ask, by its number, and its key."""
+
+
+def _looked_up(prompts: Iterable[Ask], other: AnswerReader) -> Iterator[tuple[list[Sample], dict[tuple[str, str], Held]]]:
+    """Samples of the prompts, some at once, with the answers that `other` has to them by key and example id."""
+    left = iter(prompts)
+    while asks := list(islice(left, LOOKED_UP)):
+        wanted = [(ask, sample, key) for ask in asks for sample, key in enumerate(ask.sample_keys())]
+        for first in range(0, len(wanted), MOST_MARKS):
+            part = wanted[first : first + MOST_MARKS]
+            there: dict[str, dict[int, Held]] = {}
+            for (key, example), held in other.find([key for _, _, key in part]).items():
+                if held.kind in (OK, CUT_OFF):
+                    there.setdefault(key, {})[example] = held
+            # its own; else that of another example that asks the same, and rather a whole one
+            yield (
+                part,
+                {
+                    (key, ask.example_id): of_key.get(hash(ask.example_id)) or max(of_key.values(), key=lambda held: held.kind == OK)
+                    for ask, _, key in part
+                    if (of_key := there.get(key))
+                },
+            )
 
 
 def finish(
@@ -121,6 +155,7 @@ def finish(
 ) -> None:
     """Write the manifest of a harvest that is complete, and say so. `account`: of all commands together."""
     recipe, counts = stage.run.recipe, collected.counts()
+    counts |= {"requests": account.requests, "seconds": account.seconds}
     if recipe.teacher.price is not None:
         counts["cost"] = round(account.cost, 6)
     if recipe.harvest.redact is not None:
@@ -234,7 +269,10 @@ def dry_run(run: Run, *, teacher_url: str | None = None, retry: frozenset[str] =
     prompts = Prompts.of(run, train)
     held, _ = answers_held(run.path / STAGE)
     if answers_from is not None:
-        held = {**kinds(answers_from / STAGE), **held}
+        with other_answers(answers_from, run.path / STAGE) as other:
+            for _, there in _looked_up(prompts, other):
+                for place, answer in there.items():
+                    held.setdefault(place, answer.kind)
     launched = "http://launched.teacher/v1" if recipe.teacher.launch else None
     teacher = teacher_of(recipe.teacher, teacher_url or launched)
     requests = samples = inputs = 0
@@ -246,7 +284,7 @@ def dry_run(run: Run, *, teacher_url: str | None = None, retry: frozenset[str] =
         made = -(-len(missing) // (teacher.most_choices or len(missing)))
         requests += made
         samples += len(missing)
-        inputs += made * estimated_tokens(ask.request)
+        inputs += made * estimated_tokens(ask.request, recipe.teacher.custom)
         if len(shown) < SHOWN_REQUESTS:
             shown.append(teacher.rendered(ask.part(range(missing[0], missing[0] + -(-len(missing) // made)))))
     print(*(f"request {number}: {text}\n" for number, text in enumerate(shown, 1)), sep="\n")
@@ -254,11 +292,16 @@ def dry_run(run: Run, *, teacher_url: str | None = None, retry: frozenset[str] =
     print(f"{STAGE}: {requests} requests for {samples} of {len(train) * recipe.harvest.samples} answers; nothing was sent")
     if (cap := recipe.harvest.budget.requests) is not None and requests > cap:
         print(f"harvest.budget.requests is {cap}: it will end there")
-    print(f"about {inputs} tokens in (one for every 3 bytes of UTF-8, and 8 a message), at most {outputs} out")
+    bounded = recipe.teacher.custom is None or recipe.teacher.custom.bounded
+    out = f"at most {outputs} out" if bounded else 'nobody knows how many out: teacher.custom.body has no "{max_tokens}"'
+    print(f"about {inputs} tokens in (one for every 3 bytes of UTF-8, and 8 a message), {out}")
     if price := recipe.teacher.price:
-        cost = (inputs * price.input_per_million + outputs * price.output_per_million) / 1e6
+        cost = (inputs * price.input_per_million + outputs * bounded * price.output_per_million) / 1e6
         most = recipe.harvest.budget.cost
-        print(f"about {cost:.4g} at most by teacher.price{f'; harvest.budget.cost is {most:g}' if most is not None else ''}")
+        print(
+            f"about {cost:.4g} {'at most' if bounded else 'and the answers'} by teacher.price"
+            f"{f'; harvest.budget.cost is {most:g}' if most is not None else ''}"
+        )
     if recipe.harvest.redact is not None:
         found = ", ".join(f"{count} {kind}" for kind, count in sorted(prompts.redaction.counts.items())) or "nothing"
         print(f"taken out before it would be sent: {found}")

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from shared.artifacts import now, write_json
+from shared.errors import SettingsError, StorageError
 from shared.harvest.scheduler import Standing
 
 PROGRESS = "progress.json"
@@ -16,20 +22,43 @@ FRESH_S = 10.0
 
 
 class Watch:
-    """Called with how the harvest stands about once a second, from a thread of its own. Raises StorageError."""
+    """Called with how the harvest stands about once a second, from a thread of its own.
+
+    To tell is not the work: of a file that cannot be written a warning is given, once, and the harvest goes on.
+    """
 
     def __init__(self, stage: Path, run: str, metrics_file: Path | None) -> None:
+        """Raises SettingsError for a metrics file that cannot be written."""
         self._file, self._run, self._metrics = stage / PROGRESS, run, metrics_file
+        self._warned: set[Path] = set()
+        if metrics_file is not None:
+            try:
+                metrics_file.parent.mkdir(parents=True, exist_ok=True)
+                if metrics_file.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                with tempfile.TemporaryFile(dir=metrics_file.parent):
+                    pass  # it is written beside its place and moved there
+            except OSError as exc:
+                raise SettingsError(f"--metrics-file {metrics_file}: cannot be written ({exc.strerror}); give another place") from exc
 
     def __call__(self, standing: Standing) -> None:
-        write_json(self._file, {"at": now(), "pid": os.getpid(), "host": platform.node(), **dataclasses.asdict(standing)})
-        if self._metrics:
-            self._write_metrics(self._metrics, standing)
+        told = {"at": now(), "pid": os.getpid(), "host": platform.node(), **dataclasses.asdict(standing)}
+        self._tried(self._file, lambda: write_json(self._file, told), "`distill harvest status` is told nothing new")
+        if metrics := self._metrics:
+            self._tried(metrics, lambda: self._write_metrics(metrics, standing), "mend what --metrics-file names")
+
+    def _tried(self, file: Path, write: Callable[[], None], what: str) -> None:
+        try:
+            write()
+        except (StorageError, OSError) as exc:
+            if file not in self._warned:
+                self._warned.add(file)
+                why = exc.__cause__ if isinstance(exc, StorageError) else exc
+                with suppress(OSError):  # nobody listens any more
+                    print(f"harvest: warning: {file} cannot be written ({why}); the harvest goes on without it; {what}", file=sys.stderr)
 
     def _write_metrics(self, file: Path, standing: Standing) -> None:
         from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
-
-        from shared.errors import storage_error
 
         registry = CollectorRegistry()
 
@@ -52,8 +81,4 @@ class Watch:
         tell("waiting", "1 while nothing is sent: the teacher asked for a pause, or does not answer.", bool(standing.waiting))
         if standing.cost is not None:
             tell("cost", "Spent, in the currency of teacher.price, all commands together.", standing.cost)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_to_textfile(str(file), registry)
-        except OSError as exc:
-            raise storage_error(exc, file) from exc
+        write_to_textfile(str(file), registry)

@@ -84,5 +84,5 @@ class StudentServiceSettings(ServerSettings):
     @model_validator(mode="after")
     def _one_source(self) -> StudentServiceSettings:
         if (self.registry is None) == (self.model_dir is None):
-            raise ValueError("give exactly one of registry (--registry DIR) and model_dir (--model-dir DIR)")
+            raise ValueError("give exactly one of --registry DIR and --model-dir DIR")
         return self

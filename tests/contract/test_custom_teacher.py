@@ -448,6 +448,23 @@ def test_description_and_protocol_and_url_belong_together(tmp_path: Path, teache
         load_settings(Recipe, flags={}, yaml_file=file)
 
 
+def test_a_budget_of_money_needs_a_template_that_bounds_the_answer(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    price = "{input_per_million: 1, output_per_million: 1}"
+
+    def loaded(body: str) -> Recipe:
+        custom = f"{{body: {body}, text: a}}"
+        teacher = f"{{url: 'http://say.example/x', protocol: custom, price: {price}, custom: {custom}}}"
+        file.write_text(f"name: test\nteacher: {teacher}\nharvest: {{budget: {{cost: 5}}}}\n")
+        return load_settings(Recipe, flags={}, yaml_file=file)
+
+    assert loaded('{in: "{prompt}", most: "{max_tokens}"}').harvest.budget.cost == 5
+    with pytest.raises(
+        SettingsError, match=r'harvest\.budget\.cost: teacher\.custom\.body .*write "\{max_tokens\}".*harvest\.budget\.requests'
+    ):
+        loaded('{in: "{prompt}"}')
+
+
 def test_another_template_is_another_teacher_and_another_reading_of_errors_is_not(tmp_path: Path) -> None:
     url = "http://say.example/x"
     one = settings(tmp_path, url)

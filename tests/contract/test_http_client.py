@@ -7,6 +7,8 @@ import gzip
 import json
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from teachers import self_signed
 from shared.contracts import Completion, GenerationRequest, Message, Sampling
 from shared.errors import (
     NotTheApi,
+    RequestForbidden,
     RequestRefused,
     SettingsError,
     TeacherBusy,
@@ -224,6 +227,7 @@ def test_half_a_surrogate_pair_in_a_prompt_is_this_requests_own_fault() -> None:
         ({"prompt_characters": 11}, (None, None)),
         ({"prompt_tokens": -1, "completion_tokens": 1.5}, (None, None)),
         ({"prompt_tokens": "11", "completion_tokens": None}, (None, None)),
+        ({"prompt_tokens": 10**400, "completion_tokens": 10**9}, (None, 10**9)),
         ([], (None, None)),
         (None, (None, None)),
     ],
@@ -330,7 +334,7 @@ def test_a_refused_request_is_of_the_class_of_its_row_and_costs_nothing(status: 
     ("status", "remedy", "kind"),
     [
         (401, "API key", TeacherRejected),
-        (403, "API key", TeacherRejected),
+        (403, "API key", RequestForbidden),
         (402, "must pay", TeacherRejected),
         (404, "/v1", NotTheApi),
         (404, "'m'", NotTheApi),
@@ -535,6 +539,17 @@ def test_an_answer_that_breaks_off_has_failed_and_may_have_been_billed(says: byt
     assert error.maybe_billed
 
 
+@pytest.mark.parametrize("words", ["Service momentanément indisponible".encode("latin-1"), "服务不可用".encode(), b"\xff\xfe", b""])
+def test_the_words_behind_a_status_may_be_of_any_bytes(words: bytes) -> None:
+    with port(b"HTTP/1.1 503 " + words + b"\r\nretry-after: 3\r\ncontent-length: 0\r\nconnection: close\r\n\r\n") as number:
+        error = real_failure(number)
+    assert type(error) is TeacherFailed
+    assert "HTTP 503" in str(error)
+    assert error.retry_after_s == 3
+    with port(reply(BODY).replace(b"200 OK", b"200 " + words)) as number:
+        assert asked(CHAT, f"http://127.0.0.1:{number}/v1").choices == ONE
+
+
 def test_a_connection_that_is_reset_in_mid_answer_has_failed() -> None:
     with port(reply(BODY, length=len(BODY) + 50), abort=True) as number:
         assert type(real_failure(number)) is TeacherFailed
@@ -607,3 +622,36 @@ def test_a_server_without_tls_behind_an_https_url_is_rejected_as_that() -> None:
         error = real_failure(number, scheme="https")
     assert type(error) is TeacherRejected
     assert "speaks no TLS" in str(error)
+
+
+# open files
+
+
+def with_limits(soft: int, hard: int, code: str) -> str:
+    """What a process that may have so many files open prints."""
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+from shared.http.client import refuse_too_many
+{code}
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.parametrize(("requests", "left"), [(100, (256, 512)), (192, (256, 512)), (193, (512, 512)), (448, (512, 512))])
+def test_open_files_are_allowed_for_as_many_requests_as_may_be_in_flight(requests: int, left: tuple[int, int]) -> None:
+    assert with_limits(256, 512, f"refuse_too_many({requests}, 'harvest.concurrency')") == f"{left}\n"
+
+
+def test_more_requests_than_there_may_be_open_files_are_refused_with_the_setting_and_the_remedy() -> None:
+    code = """
+from shared.errors import SettingsError
+try:
+    refuse_too_many(449, "harvest.concurrency")
+except SettingsError as exc:
+    print(exc)
+"""
+    said = with_limits(256, 512, code)
+    for part in ("harvest.concurrency = 449", "no more than 512 files", "lower harvest.concurrency to 448", "ulimit -Hn", "(256, 512)"):
+        assert part in said

@@ -17,7 +17,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """All images of compose.cpu.yaml, built as a user builds them. Seconds by service."""
     variables = {"BUILD_NETWORK": "host", **_torch(tmp_path_factory.mktemp("wheels"))}
     seconds = {}
-    for service, teacher in (("harvester", ""), ("student", ""), ("prepare", ""), ("vllm", "vllm")):
+    for service, teacher in (("harvester", ""), ("evaluator", ""), ("prepare", ""), ("vllm", "vllm")):
         begun = time.monotonic()
         project = Project(TEACHER=teacher, **variables)
         done = project.compose("build", service, timeout_s=1200)

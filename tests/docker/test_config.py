@@ -144,7 +144,9 @@ def test_half_a_teacher_is_refused_with_what_to_set(file: str) -> None:
 
 
 def test_two_teachers_are_refused() -> None:
-    assert "TEACHER starts an engine here, TEACHER_URL asks one elsewhere; unset one of them" in refused(CPU, **URL, TEACHER="vllm")
+    for url in (URL, {"TEACHER_URL": URL["TEACHER_URL"]}):
+        assert "TEACHER starts an engine here, TEACHER_URL asks one elsewhere; unset one of them" in refused(CPU, **url, TEACHER="vllm")
+    assert "that of the engine TEACHER starts is VLLM_MODEL" in refused(CPU, TEACHER_MODEL="m", TEACHER="vllm")
 
 
 def test_an_unknown_engine_is_refused() -> None:
@@ -180,6 +182,12 @@ def test_several_gpus_are_for_one_engine_which_splits_its_model_over_them_and_co
         assert {f"--tensor-parallel-size={tensor}", f"--data-parallel-size={data}"} <= set(vllm["command"])
         (device,) = vllm["deploy"]["resources"]["reservations"]["devices"]
         assert device["count"] == gpus
+
+
+def test_what_has_no_password_is_not_opened_with_the_servers() -> None:
+    services = resolved(CPU, {"BIND": "0.0.0.0"}, "monitoring")["services"]
+    hosts = {name: port["host_ip"] for name, service in services.items() for port in service.get("ports", ())}
+    assert hosts == {"teacher": "0.0.0.0", "student": "0.0.0.0", "prometheus": "127.0.0.1", "grafana": "127.0.0.1"}
 
 
 def test_replicas_have_no_port_of_their_own_and_the_balancer_has_theirs() -> None:

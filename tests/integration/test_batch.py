@@ -547,3 +547,14 @@ def test_a_disk_that_fills_ends_it_with_all_answers_kept_and_no_part_of_a_file(
     assert batch(source, out, student) == 0
     assert len(student.bodies) == count - held
     assert len(rows_of(out)) == count
+
+
+def test_more_requests_at_once_than_open_files_are_refused_before_the_first_one(tmp_path: Path, student: Teacher) -> None:
+    source = jsonl(tmp_path / "in.jsonl", questions(3))
+    command = [sys.executable, "-m", "shared.cli", "batch", str(source), "--out", str(tmp_path / "out.jsonl"), "--url", student.url]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -n 200; exec "$@"', "limited", *command, "--concurrency", "500"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == SettingsError.exit_code
+    assert "--concurrency = 500: this process may have no more than 200 files open" in done.stderr
+    assert student.bodies == []

@@ -57,7 +57,7 @@ def test_the_rows_are_those_of_one_machine_and_each_prompt_is_asked_once(cluster
     assert len(alone) == PROMPTS * SAMPLES
     assert "3 workers on 4 nodes" in said
     theirs, ours = manifest(tmp_path / "alone"), manifest(tmp_path / "together")
-    own = {"seconds", "rows_per_s"}
+    own = {"seconds", "last_command"}
     assert {k: v for k, v in ours["counts"].items() if k not in own} == {k: v for k, v in theirs["counts"].items() if k not in own}  # type: ignore[attr-defined]
     left = {path.name for path in (tmp_path / "together" / "responses" / "teacher").iterdir() if not path.name.startswith(".")}
     assert left == {"responses.jsonl", "manifest.json", "spent.json", "progress.json"}

@@ -47,6 +47,7 @@ from shared.artifacts import Run
 from shared.cli import main
 from shared.datasets.stage import prepare
 from shared.errors import BudgetSpent, DataError, HarvestTooThin, SettingsError, StorageError, TeacherError
+from shared.harvest.ledger import AnswerLedger
 from shared.harvest.smoke import PROMPTS as SMOKE
 from shared.settings import Recipe, load_settings
 
@@ -157,6 +158,32 @@ def test_a_misspelt_class_is_refused_with_those_there_are(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("hard", ["100", "4096"])
+def test_more_requests_at_once_than_open_files_are_refused_before_the_first_one_or_allowed(
+    tmp_path: Path, teacher: Teacher, out: Path, hard: str
+) -> None:
+    file = recipe(tmp_path, teacher.url, prompts=5)
+    command = [sys.executable, "-m", "shared.cli", "harvest", "--recipe", str(file), "--out", str(out), "--set", "harvest.concurrency=1000"]
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -Sn 100; ulimit -Hn {hard}; exec "$@"', "limited", *command], capture_output=True, text=True, timeout=60
+    )
+    if hard == "100":
+        assert done.returncode == SettingsError.exit_code
+        assert "harvest.concurrency = 1000: this process may have no more than 100 files open" in done.stderr
+        assert teacher.bodies == []
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_metrics_file_that_cannot_be_written_is_refused_before_the_first_request(
+    tmp_path: Path, teacher: Teacher, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert harvest(recipe(tmp_path, teacher.url), out, "--metrics-file", str(tmp_path / "file" / "h.prom")) == SettingsError.exit_code
+    assert "--metrics-file" in capsys.readouterr().err
+    assert teacher.bodies == []
+
+
 # a teacher that is none
 
 
@@ -200,6 +227,14 @@ def test_a_key_that_is_refused_in_the_middle_ends_the_harvest_at_once_and_nothin
     teacher.answer = usual
     assert harvest(file, out) == 0
     assert kinds(out) == {"ok": 80 * SAMPLES}
+
+
+def test_prompts_that_are_answered_with_403_are_failed_rows_among_others(tmp_path: Path, teacher: Teacher, out: Path) -> None:
+    teacher.answer = every(20, refusing(403, "your input was flagged"))
+    file = recipe(tmp_path, teacher.url, prompts=60, harvest="max_failed_fraction: 0.1")
+    assert harvest(file, out) == 0
+    assert kinds(out) == {"ok": 57 * SAMPLES, "refused": 3 * SAMPLES}
+    assert all("your input was flagged" in str(row.reason) for row in rows_of(out) if row.status == "failed")
 
 
 @pytest.mark.parametrize(
@@ -426,6 +461,10 @@ def test_a_cap_on_requests_is_met_exactly_and_raised_to_go_on(
     assert len(teacher.bodies) == 7
     assert harvest(file, out, "--set", "harvest.budget.requests=30") == 0
     assert len(teacher.bodies) == 30
+    counts = manifest(out)["counts"]
+    assert (counts["answers"], counts["requests"]) == (30 * SAMPLES, 30)
+    assert (counts["last_command"]["rows"], counts["last_command"]["requests"]) == (23 * SAMPLES, 23)
+    assert counts["seconds"] == json.loads((stage_of(out) / "spent.json").read_text())["seconds"] > counts["last_command"]["seconds"] > 0
 
 
 @pytest.mark.parametrize("tells", [True, False])
@@ -638,7 +677,7 @@ def test_a_log_gets_plain_lines_with_rows_rate_flight_refusals_and_cost(tmp_path
     assert "\r" not in said
     assert "\x1b" not in said
     assert CENSUS.findall(printed) == [("40", "120")]
-    assert manifest(out)["counts"]["refused"] == 1
+    assert manifest(out)["counts"]["last_command"]["refused"] == 1
 
 
 def test_the_ledger_is_lines_that_any_tool_reads(tmp_path: Path, teacher: Teacher, out: Path) -> None:
@@ -684,6 +723,19 @@ def test_an_export_holds_every_row_once_as_parquet_and_as_a_data_set(
         assert f"{20 * SAMPLES} rows" in capsys.readouterr().out
         assert sorted(read(tmp_path / "new" / name), key=lambda row: row["key"]) == found
     assert not [path for path in stage_of(out).iterdir() if "export" in path.name]
+
+
+def test_what_is_there_is_exported_while_a_harvest_is_at_work(tmp_path: Path, teacher: Teacher, out: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    assert harvest(recipe(tmp_path, teacher.url), out) == 0
+    file = stage_of(out) / "responses.jsonl"
+    with AnswerLedger(stage_of(out)):
+        file.write_bytes(file.read_bytes() + b'{"key": "it is being writ')
+        before = (stage_of(out).stat().st_mtime_ns, file.read_bytes())
+        assert exported(out, tmp_path / "answers.parquet") == 0
+        assert (stage_of(out).stat().st_mtime_ns, file.read_bytes()) == before
+    assert parquet.read_table(tmp_path / "answers.parquet").num_rows == 10 * SAMPLES
 
 
 def test_an_export_takes_the_place_of_nothing(tmp_path: Path, teacher: Teacher, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import resource
 import signal
 import socket
@@ -27,6 +29,7 @@ from teachers import (
     prompt_of,
     recipe,
     refusing,
+    rows_of,
     same,
     saying,
     stage_of,
@@ -36,7 +39,7 @@ from teachers import (
 
 from shared.contracts import Example
 from shared.errors import HarvestTooThin, RunMismatch, StorageError, TeacherError
-from shared.harvest.ledger import AnswerLedger, answer_files
+from shared.harvest.ledger import AnswerLedger, AnswerReader, answer_files
 
 
 @pytest.fixture
@@ -107,11 +110,60 @@ def test_another_run_takes_answers_over_and_asks_for_what_is_asked_otherwise(
     assert len(lines(tmp_path / "warmer")) == 11 * SAMPLES
 
 
+def test_a_row_more_at_the_top_of_the_file_pays_for_no_other_row_again_and_the_dry_run_says_so(
+    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = [{"question": f"My doctor spoke of condition {i}, what is it?", "summary": f"What is {i}?"} for i in range(30)]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    file = recipe(tmp_path, teacher.url, prompts=20)
+    assert harvest(file, tmp_path / "first") == 0
+    paid = {prompt_of(body) for body in teacher.bodies}
+    teacher.bodies.clear()
+    rows.write_text(json.dumps({"question": "And what is this?", "summary": "What is this?"}) + "\n" + rows.read_text())
+    more = ["--answers-from", str(tmp_path / "first")]
+    assert harvest(file, tmp_path / "second", "--dry-run", *more) == 0
+    told = re.search(r"(\d+) requests for (\d+) of 60 answers", capsys.readouterr().out)
+    assert told is not None
+    assert harvest(file, tmp_path / "second", *more) == 0
+    asked = {prompt_of(body) for body in teacher.bodies}
+    assert not asked & paid
+    assert (int(told[1]), int(told[2])) == (len(teacher.bodies), len(teacher.bodies) * SAMPLES)
+    assert len(asked) < 20
+    train = [Example.model_validate_json(line) for line in (tmp_path / "second" / "dataset" / "train.jsonl").read_text().splitlines()]
+    assert {(example, sample) for _, example, sample, *_ in lines(tmp_path / "second")} == {
+        (e.id, i) for e in train for i in range(SAMPLES)
+    }
+
+
+def test_answers_are_taken_over_from_a_run_that_others_write_and_read_and_nothing_there_is_touched(
+    tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, first = recipe(tmp_path, teacher.url, prompts=20, harvest="max_failed_fraction: 0.5"), tmp_path / "first"
+    teacher.answer = lambda body: empty(body) if len(teacher.bodies) % 4 == 0 else usual(body)
+    assert harvest(file, first) == 0
+    failed = sum(row.status == "failed" for row in rows_of(first)) // SAMPLES
+    assert failed
+    paid = len(teacher.bodies)
+    teacher.answer = usual
+    with AnswerLedger(stage_of(first)), AnswerReader(stage_of(first)):
+        answers = stage_of(first) / "responses.jsonl"
+        answers.write_bytes(answers.read_bytes() + b'{"key": "it is being writ')
+        before = (stage_of(first).stat().st_mtime_ns, answers.read_bytes(), sorted(stage_of(first).iterdir()))
+        assert harvest(file, tmp_path / "second", "--answers-from", str(first)) == 0
+        assert (stage_of(first).stat().st_mtime_ns, answers.read_bytes(), sorted(stage_of(first).iterdir())) == before
+    assert f"{(20 - failed) * SAMPLES} answers taken over from {first}" in capsys.readouterr().out
+    assert len(teacher.bodies) == paid + failed
+    assert {status for *_, status, _ in lines(tmp_path / "second")} == {"ok"}
+
+
 def test_a_run_without_answers_this_run_itself_and_a_cluster_are_refused(
     tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = recipe(tmp_path, teacher.url), tmp_path / "run"
     assert harvest(file, out, "--answers-from", str(tmp_path / "nothing")) == 2
+    assert "--answers-from" in capsys.readouterr().err
+    assert harvest(file, out, "--dry-run", "--answers-from", str(tmp_path / "nothing")) == 2
     assert "--answers-from" in capsys.readouterr().err
     assert not (tmp_path / "nothing").exists()
     assert harvest(file, out, "--answers-from", str(out)) == 2
@@ -281,9 +333,15 @@ def test_another_teacher_cannot_slip_into_a_run(tmp_path: Path, teacher: Teacher
     file, out = recipe(tmp_path, teacher.url), tmp_path / "run"
     assert harvest(file, out, "--teacher-url", "http://127.0.0.1:9/v1") == 2
     assert "give --set teacher.url=" in capsys.readouterr().err
-    assert harvest(file, out, "--set", "teacher.url=http://127.0.0.1:9/v1") == RunMismatch.exit_code
-    assert "teacher.url" in capsys.readouterr().err
+    wrong = ("--set", "teacher.url=http://127.0.0.1:9/v1")
+    assert harvest(file, out, *wrong) == TeacherError.exit_code
     assert teacher.bodies == []
+    assert harvest(file, out) == 0  # nobody has answered there, so that it could be mended
+    asked = len(teacher.bodies)
+    capsys.readouterr()
+    assert harvest(file, out, *wrong) == RunMismatch.exit_code
+    assert "teacher.url" in capsys.readouterr().err
+    assert len(teacher.bodies) == asked > 0
 
 
 def test_a_full_disk_ends_the_harvest_with_whole_lines_kept(tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]) -> None:

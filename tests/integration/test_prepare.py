@@ -18,7 +18,7 @@ import pytest
 from tiny_servable import servable_t5
 
 from shared.errors import SettingsError
-from student_trainer.prepare import refuse_without_gpu
+from student_trainer.prepare import STARTED_BESIDE, refuse_another_teacher, refuse_without_gpu
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
 LIGHT = """
@@ -46,6 +46,35 @@ def test_where_no_driver_is_the_command_that_needs_none_is_told(tmp_path: Path, 
         (tmp_path / "proc/driver/nvidia/version").write_text("580")
     with nullcontext() if accepted else pytest.raises(SettingsError, match=r"docker compose -f compose.cpu.yaml up"):
         refuse_without_gpu(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "accepted"),
+    [
+        ("https://api.example.com/v1", STARTED_BESIDE, False),
+        ("https://api.example.com/v1", "https://api.example.com/v1", True),
+        ("https://api.example.com/v1", "https://other.example.com/v1", True),  # asked for by TEACHER_URL
+        ("http://127.0.0.1:8000/v1", STARTED_BESIDE, True),
+        (STARTED_BESIDE, STARTED_BESIDE, True),
+        ("", STARTED_BESIDE, True),
+    ],
+)
+def test_a_teacher_of_the_recipes_own_is_not_taken_for_the_one_that_compose_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, asked: str, accepted: bool
+) -> None:
+    (tmp_path / "r.yaml").write_text(f"name: r\nteacher: {{url: {own}}}\n" if own else "name: r\nteacher: {launch: {engine: scripted}}\n")
+    monkeypatch.setenv("DISTILL_TEACHER__URL", asked)
+    told = r"at api\.example\.com, but .* set TEACHER_URL and TEACHER_MODEL"
+    with nullcontext() if accepted else pytest.raises(SettingsError, match=told):
+        refuse_another_teacher(tmp_path / "r.yaml")
+
+
+def test_the_recipe_of_a_custom_teacher_is_refused_by_prepare_where_compose_starts_another(tmp_path: Path) -> None:
+    custom = ["--recipe", str(RECIPE.with_name("custom-teacher.yaml")), "--out", str(tmp_path / "run")]
+    done = run("prepare", *custom, DISTILL_TEACHER__URL=STARTED_BESIDE, DISTILL_TEACHER__MODEL="TinyLlama")
+    assert done.returncode == 2
+    assert "its teacher.url is at api.anthropic.com" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_misspelt_model_is_told_before_the_run_is_bound_to_it(tmp_path: Path) -> None:
@@ -186,4 +215,5 @@ def test_a_model_that_nobody_has_is_named(tmp_path: Path, hub: tuple[str, Counte
         done = run("prepare", "--recipe", str(RECIPE), "--out", str(tmp_path / name), "--set", f"student.model={name}", **cache)
         assert done.returncode == 11
         assert f"cannot load the model {name}" in done.stderr
+        assert "student.model can be a folder or embedded:smollm2-135m, and the variable HF_ENDPOINT names another hub" in done.stderr
         assert "Traceback" not in done.stderr

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from shared.artifacts import write_json
 from shared.collect import Collected
 from shared.contracts import Completion, GenerationRequest, Response, Sampling
-from shared.errors import BudgetSpent, SettingsError, StorageError, TeacherBusy
+from shared.errors import BudgetSpent, SettingsError, StorageError, TeacherBusy, TeacherUnavailable
 from shared.harvest.allowance import AHEAD, SILENT_S, Allowance, Lease, Report
 from shared.harvest.ask import Ask
 from shared.harvest.budget import Account, Prices
@@ -31,7 +31,7 @@ from shared.harvest.segments import BASE, SegmentLedger, folder_of
 from shared.harvest.teacher import Answer
 from shared.settings import BudgetSettings, HarvestSettings, PriceSettings
 from shared.storage import Storage
-from student_trainer.cluster.harvest import MOST_DEATHS, Desk
+from student_trainer.cluster.harvest import MOST_DEATHS, Desk, Outcome, Partition, Worker
 from student_trainer.harvest.stage import CLUSTER, answers_held
 
 STEPS = ["want", "settle", "return", "die", "leave", "wait"]
@@ -236,6 +236,29 @@ def test_time_is_a_cap_of_all_together() -> None:
     assert desk.lease(Report("a", want=1)).requests
     clock.now += 11
     assert "harvest.budget.seconds = 60" in desk.lease(Report("a", want=1)).spent
+
+
+def test_every_lease_says_that_the_time_is_up_even_to_those_who_want_nothing() -> None:
+    clock = Clock()
+    desk = allowance(clock, seconds=60.0)
+    assert desk.lease(Report("a", want=1)).spent == ""
+    clock.now += 61
+    assert "harvest.budget.seconds = 60" in desk.lease(Report("a", number=1)).spent
+    assert not desk.ending
+
+
+@pytest.mark.parametrize(("error", "ends"), [(BudgetSpent("harvest.budget.seconds = 60"), False), (TeacherUnavailable("dead"), True)])
+def test_a_budget_that_is_spent_does_not_cut_off_what_others_have_in_flight_and_any_other_error_does(error: Exception, ends: bool) -> None:
+    ended: list[bool] = []
+
+    class Ends(Worker):
+        async def _harvested(self, partition: Partition) -> Outcome:
+            raise error
+
+    desk = SimpleNamespace(end=SimpleNamespace(remote=lambda: ended.append(True)))
+    found = Ends(SimpleNamespace(), desk)({"number": [0], "start": [0], "size": [0]})  # type: ignore[arg-type]
+    assert type(error).__name__ in found["outcome"][0]
+    assert bool(ended) == ends
 
 
 # workers, in one event loop
@@ -444,7 +467,7 @@ def test_the_next_owner_of_a_partition_has_all_that_was_durable(tmp_path: Path, 
 
 def test_without_pyarrow_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(SettingsError, match=r"blackbox-distill\[cluster\]"):
+    with pytest.raises(SettingsError, match=r"pip install .*\[cluster\]"):
         Storage(str(tmp_path))
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from shared.contracts import FinishReason, Response
 from shared.errors import DataError, StorageError
-from shared.harvest.ledger import AnswerLedger, Held, answer_files, kinds
+from shared.harvest.ledger import AnswerLedger, AnswerReader, Held, answer_files, kinds
 
 
 def key(number: int) -> str:
@@ -507,3 +507,49 @@ def test_a_look_while_segments_become_one_file_sees_all_of_them(tmp_path: Path) 
     thread.join()
     assert seen == sorted(seen)
     assert min(seen) >= 5
+
+
+# readers
+
+
+def test_a_reader_has_what_there_was_when_it_was_opened_whatever_becomes_of_the_files(tmp_path: Path) -> None:
+    with AnswerLedger(tmp_path, segment_bytes=2 * LINE) as ledger:
+        ledger.append([row(0, "first"), row(1), row(2)])
+        ledger.append([row(0, "last"), failed(3)])
+        (found,) = ledger.find([key(0)]).values()
+        with AnswerReader(tmp_path) as reader, AnswerReader(tmp_path) as other:
+            ledger.append([row(4), row(1, "later")])
+            ledger.compact()
+            assert [(r.key, r.text) for r in reader.rows()] == [(key(1), "t"), (key(2), "t"), (key(0), "last"), (key(3), "")]
+            assert reader.find([key(0), key(4)]) == {(key(0), hash("e0")): found}
+            assert reader.read(found).text == "last"
+            assert other.twin(key(3)) is None
+            assert not other.empty
+
+
+@pytest.mark.parametrize("tail", [b"", b"\x00", b'{"key": "torn'])
+def test_a_reader_leaves_a_torn_tail_out_and_everything_as_it_is(tmp_path: Path, tail: bytes) -> None:
+    with AnswerLedger(tmp_path) as ledger:
+        ledger.append([row(0), row(1)])
+    file = answer_files(tmp_path)[0]
+    file.write_bytes(file.read_bytes() + tail)
+    before = (tmp_path.stat().st_mtime_ns, file.read_bytes())
+    with AnswerReader(tmp_path) as reader:
+        assert [r.key for r in reader.rows()] == [key(0), key(1)]
+        assert (tmp_path.stat().st_mtime_ns, file.read_bytes()) == before
+
+
+def test_a_reader_of_nothing_has_nothing_and_makes_nothing(tmp_path: Path) -> None:
+    with AnswerReader(tmp_path / "nowhere") as reader:
+        assert reader.empty
+        assert list(reader.rows()) == []
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_reader_names_a_damaged_line_and_a_file_that_it_may_not_read(tmp_path: Path) -> None:
+    (tmp_path / "responses.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"responses\.jsonl, line 1"):
+        AnswerReader(tmp_path)
+    (tmp_path / "responses-000001.jsonl").mkdir()
+    with pytest.raises(StorageError, match="cannot be read"):
+        AnswerReader(tmp_path)

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,11 +34,11 @@ from shared.artifacts import (
 )
 from shared.contracts import Prediction
 from shared.errors import DataError, RunMismatch, StageOrder, StorageError
-from shared.settings import HarvestSettings, Recipe, TeacherSettings, TrainSettings
+from shared.settings import HarvestSettings, Recipe, SampleSettings, TeacherSettings, TrainSettings
 
 
 def recipe(**changes: object) -> Recipe:
-    return Recipe(name="r", teacher=TeacherSettings(url="http://t/v1"), **changes)  # type: ignore[arg-type]
+    return Recipe(**{"name": "r", "teacher": TeacherSettings(url="http://t/v1"), **changes})  # type: ignore[arg-type]
 
 
 def finished(run: Run, name: str, content: str, inputs: tuple[str, ...] = ()) -> Path:
@@ -149,9 +151,49 @@ def test_a_run_that_failed_before_it_did_anything_may_be_begun_again_with_mended
         Run.open(tmp_path / "run", recipe())
 
 
+def test_a_teacher_that_has_answered_nothing_may_be_mended_and_nothing_else(tmp_path: Path) -> None:
+    run, right = tmp_path / "run", {"teacher": TeacherSettings(url="http://right/v1"), "harvest": HarvestSettings(samples=2)}
+    Run.open(run, recipe(**right)).stage("dataset").finish([], settings={})
+    ledger = run / "responses" / "teacher" / "responses-000001.jsonl"
+    ledger.parent.mkdir(parents=True)
+    ledger.touch()
+    (ledger.parent / "spent.json").write_text("{}")
+    Run.open(run, recipe())
+    with pytest.raises(RunMismatch, match=r"seed: the run has 0, you ask for 4"):
+        Run.open(run, recipe(**right, seed=4))
+    Run.open(run, recipe(**right))
+    ledger.write_text("an answer\n")
+    with pytest.raises(RunMismatch, match=r"harvest\.samples: .*; teacher\.url: the run has 'http://right/v1'"):
+        Run.open(run, recipe())
+    Run.open(run, recipe(**right, sample=SampleSettings(samples=7)))  # the student has answered nothing
+
+
+@pytest.mark.parametrize(
+    "there", ["responses/teacher/manifest.json", "responses/teacher/cluster.json", "responses/teacher/partitions/0/a.jsonl"]
+)
+def test_a_teacher_may_not_be_mended_where_answers_are_elsewhere_or_none_were_wanted(tmp_path: Path, there: str) -> None:
+    Run.open(tmp_path / "run", recipe())
+    (tmp_path / "run" / there).parent.mkdir(parents=True)
+    (tmp_path / "run" / there).write_text("{}")
+    with pytest.raises(RunMismatch, match=r"teacher\.model"):
+        Run.open(tmp_path / "run", recipe(teacher=TeacherSettings(url="http://t/v1", model="m")))
+
+
+def test_a_teacher_may_not_be_mended_while_another_process_asks_it(tmp_path: Path) -> None:
+    Run.open(tmp_path, recipe())
+    (tmp_path / "dataset").mkdir()
+    mended = recipe(teacher=TeacherSettings(url="http://t/v1", model="m"))
+    with asking_in_another_process(tmp_path), pytest.raises(RunMismatch, match=r"teacher\.model"):
+        Run.open(tmp_path, mended)
+    Run.open(tmp_path, mended).stage("responses/teacher")
+    # and who had opened the run before, and begins only now, meets the one that has it
+    assert "at work on the stage responses/teacher" in open_in_another_process(tmp_path, "responses/teacher")
+
+
 def test_a_run_may_go_on_with_more_patience_and_another_concurrency(tmp_path: Path) -> None:
     Run.open(tmp_path / "run", recipe())
-    (tmp_path / "run" / "dataset").mkdir()
+    (tmp_path / "run" / "responses" / "teacher").mkdir(parents=True)
+    (tmp_path / "run" / "responses" / "teacher" / "responses-000001.jsonl").write_text("an answer\n")
     patient = Recipe(name="r", teacher=TeacherSettings(url="http://t/v1", timeout_s=999, max_attempts=9))
     Run.open(tmp_path / "run", patient)
     Run.open(tmp_path / "run", recipe(harvest=HarvestSettings(concurrency=1, max_failed_fraction=0.5)))
@@ -312,6 +354,17 @@ except StorageError as exc:
 """
 
 
+@contextmanager
+def asking_in_another_process(run: Path) -> Iterator[None]:
+    """Its stage responses/teacher is open meanwhile."""
+    command = [sys.executable, "-u", "-c", OPEN_A_STAGE + "input()", str(run), "responses/teacher"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "opened\n"
+        yield
+        process.communicate("\n")
+
+
 def open_in_another_process(run: Path, stage: str) -> str:
     command = [sys.executable, "-c", OPEN_A_STAGE, str(run), stage]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -328,8 +381,11 @@ def test_a_stage_that_one_process_has_opened_is_refused_to_others_until_it_ends(
 
 def test_a_stage_before_its_turn_is_refused_with_the_one_that_is_missing(tmp_path: Path) -> None:
     run = Run.open(tmp_path, recipe())
-    with pytest.raises(StageOrder, match="triplets reads dataset/"):
+    with pytest.raises(StageOrder, match=r"triplets reads dataset/.* run `distill prepare` first"):
         run.stage("triplets", inputs=["dataset"])
+    for missing, command in (("responses/teacher", "harvest"), ("responses/student-r1", "train"), ("triplets/r0", "triplets")):
+        with pytest.raises(StageOrder, match=f"run `distill {command}` first"):
+            run.stage("later", inputs=[missing])
 
 
 def test_a_manifest_names_every_file_of_a_folder_with_its_hash_and_size_and_no_leftovers(tmp_path: Path) -> None:

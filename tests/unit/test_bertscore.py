@@ -150,7 +150,7 @@ def test_a_folder_a_layer_or_a_model_that_cannot_be_used_is_named(folder, tmp_pa
 
 def test_without_transformers_the_extra_to_install_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SettingsError, match=r"transformers is missing: pip install 'blackbox-distill\[train\]'"):
+    with pytest.raises(SettingsError, match=r"transformers is missing: in the checkout, pip install -e '\.\[train\]'"):
         bertscore_rows(["w1"], ["w1"], folder)
 
 

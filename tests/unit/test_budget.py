@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from shared.contracts import Completion, GenerationRequest, Message, Sampling
 from shared.errors import DataError, StorageError
-from shared.harvest.budget import Budget, Reserved, estimated_tokens, tokens_of
+from shared.harvest.budget import Budget, Prices, Reserved, estimated_tokens, tokens_of
+from shared.harvest.custom_api import CustomApi
 from shared.harvest.teacher import Answer, Refusal
 from shared.settings import BudgetSettings, PriceSettings
 
@@ -256,3 +257,24 @@ def no_room() -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
+
+
+# an API of its own
+
+
+def test_all_of_a_template_is_set_aside_and_estimated() -> None:
+    body = {"rules": "r" * 5000, "input": "{prompt}", "limit": "{max_tokens}"}
+    api = CustomApi(body=body, text="out")
+    sent = len(json.dumps({**body, "input": "p" * 30, "limit": 100}, separators=(",", ":")))
+    assert Prices(PRICE, api).most(request()) >= (sent * 1 + 100 * 10) / 1e6
+    assert sent / 3 <= estimated_tokens(request(), api) < sent / 2
+    assert Prices(PRICE, api).of(request(), answer("abc")) >= (sent / 3 * 1 + 1 * 10) / 1e6
+
+
+def test_an_answer_is_not_counted_as_shorter_than_it_is_where_no_bound_was_sent() -> None:
+    words = answer("abc" * 500)  # 500 tokens by rule
+    for body, counted in (({"input": "{prompt}", "limit": "{max_tokens}"}, 100), ({"input": "{prompt}"}, 500)):
+        api = CustomApi(body=body, text="out")
+        prices = Prices(PriceSettings(input_per_million=0, output_per_million=1e6), api)
+        assert prices.of(request(max_tokens=100), words) == pytest.approx(counted)
+        assert prices.of(request(max_tokens=100), Answer((Refusal("no_text", "?"),))) == pytest.approx(100)

@@ -122,6 +122,19 @@ def test_a_teacher_that_has_never_answered_is_given_up_sooner(patience_s: float,
     assert tested.left_s == left_s
 
 
+def test_patience_begins_when_a_pause_that_was_asked_for_ends_but_not_again_and_again() -> None:
+    tested, clock = circuit(patience_s=100)
+    tested.lives()
+    for _ in range(IN_A_ROW):
+        tested.failed("HTTP 503", gate_until=clock.now + 600)
+    assert tested.left_s == 700
+    given_up = clock.now + 700 + 600 + 100  # one more pause may begin before the 700 s are over, and is waited out as well
+    while tested.left_s > 0:
+        clock.now += 600
+        tested.failed("HTTP 503", gate_until=clock.now + 600)
+    assert given_up - 700 < clock.now <= given_up + 600
+
+
 def test_it_says_what_it_waits_for() -> None:
     tested, clock = opened()
     assert tested.explain() == "the teacher has not answered for 0 s (HTTP 500); next try in 1 s, giving up in 300 s"

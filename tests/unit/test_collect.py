@@ -160,5 +160,5 @@ def test_empty_answers_are_failed_rows_cut_off_ones_are_counted_and_half_charact
 
 def test_a_census_of_nothing_divides_by_nothing() -> None:
     nothing = Collected(prompts=0, answers=0, failed={}, missing=0, cut_off=0, distinct_fraction=1.0)
-    assert (nothing.failed_fraction, nothing.counts()["rows_per_s"]) == (0.0, 0.0)
+    assert (nothing.failed_fraction, nothing.counts()["last_command"]["rows_per_s"]) == (0.0, 0.0)
     assert nothing.explain() == "0 prompts, 0 answers, none failed, 0 cut off"

@@ -120,7 +120,9 @@ def test_there_is_a_row_for_each_part_and_a_choice_of_runs() -> None:
 
 def test_prometheus_asks_the_servers_and_the_monitor_by_their_names_in_compose() -> None:
     jobs = read_yaml("prometheus.yml")["scrape_configs"]
-    targets = {job["job_name"]: [t for config in job["static_configs"] for t in config["targets"]] for job in jobs}
-    assert targets == {name: [f"{name}:9464"] for name in ("teacher", "student", "monitor")}
+    targets = {job["job_name"]: [t for config in job.get("static_configs", ()) for t in config["targets"]] for job in jobs}
+    assert targets == {"teacher": ["teacher:9464"], "student": [], "monitor": ["monitor:9464"]}
+    (replicas,) = (found for job in jobs for found in job.get("dns_sd_configs", ()))  # each address that compose's DNS has of the name
+    assert (replicas["names"], replicas["type"], replicas["port"]) == (["student"], "A", 9464)
     named = {job for job_names in re.findall(r'job=~?"([^"]*)"', " ".join(e for e, _ in QUERIES)) for job in job_names.split("|")}
     assert named == targets.keys()

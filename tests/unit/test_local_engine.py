@@ -116,6 +116,17 @@ def test_the_same_seed_draws_the_same_samples_and_another_seed_others(model: Loc
     assert all(len({c.text for c in completions}) > 1 for completions in first)
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_the_first_of_several_samples_is_no_likelier_than_the_last(model: LocalModel, seed: int | None) -> None:
+    """CTranslate2 hands them over likeliest first: the first of four would nearly always be the greedy one, the last hardly ever."""
+    times, (prompt, *_) = 256, asks(4, max_tokens=1, temperature=0.8)
+    ((greedy, *_),) = model.generate([prompt.model_copy(update={"sampling": Sampling(max_tokens=1, temperature=0)})])
+    answers = model.generate([prompt] * times, seed=seed)
+    greedy_at = [sum(completions[place] == greedy for completions in answers) for place in range(4)]
+    assert 0.1 * times < sum(greedy_at) / 4 < 0.9 * times  # else any order would look like this
+    assert max(greedy_at) - min(greedy_at) < 0.25 * times, greedy_at
+
+
 def test_greedy_samples_of_one_prompt_are_all_the_same(model: LocalModel) -> None:
     for completions in model.generate(asks(n=3)):
         assert completions == [completions[0]] * 3

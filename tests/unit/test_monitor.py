@@ -82,6 +82,13 @@ def test_answers_are_counted_as_they_arrive_and_failures_by_class_until_they_are
     assert found["distill_harvest_failed_answers"] == {("mine", "empty"): 1, ("mine", "other"): 1}
 
 
+def test_an_answer_that_was_asked_for_again_is_counted_once(run: Run, monitor: RunMetrics) -> None:
+    harvest(run, response(0), response(1))
+    assert scrape(monitor)["distill_harvest_answers_total"] == {("mine",): 2}
+    harvest(run, response(0), response(1), response(1).model_copy(update={"example_id": "another that asks the same"}))
+    assert scrape(monitor)["distill_harvest_answers_total"] == {("mine",): 3}
+
+
 def test_a_line_that_is_being_written_is_counted_when_it_is_whole(run: Run, monitor: RunMetrics) -> None:
     ledger = harvest(run, response(0))
     line = response(1).model_dump_json()

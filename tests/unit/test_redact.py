@@ -221,7 +221,7 @@ def test_a_missing_library_names_the_extra_and_the_other_kinds_do_without(
     kind: RedactKind, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(SettingsError, match=rf"harvest.redact: .*{library}.*blackbox-distill\[privacy\]"):
+    with pytest.raises(SettingsError, match=rf"harvest.redact: .*{library}.*pip install -e '\.\[privacy\]'"):
         Redactor([kind])
     assert Redactor(["email", "url", "ip", "birth_date"])("jane@example.org") == ("[EMAIL]", {"email": 1})
 

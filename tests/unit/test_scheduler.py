@@ -27,7 +27,9 @@ from shared.errors import (
     BudgetSpent,
     HarvestTooThin,
     NotTheApi,
+    RequestForbidden,
     RequestRefused,
+    SettingsError,
     StorageError,
     TeacherBusy,
     TeacherFailed,
@@ -38,10 +40,11 @@ from shared.errors import (
 from shared.harvest.ask import Ask
 from shared.harvest.budget import Budget, estimated_tokens, tokens_of
 from shared.harvest.ledger import AnswerLedger, answer_files
-from shared.harvest.scheduler import Limits, Standing, harvest
+from shared.harvest.scheduler import FORBIDDEN, Limits, Standing, harvest
 from shared.harvest.smoke import PROMPTS as SMOKE
 from shared.harvest.teacher import Answer, Refusal
 from shared.settings import BudgetSettings, PriceSettings
+from student_trainer.harvest.watch import PROGRESS, Watch
 
 SAMPLES = 3
 Line = tuple[str, str, int, str, str]
@@ -323,10 +326,21 @@ def test_a_teacher_that_gives_too_many_choices_has_the_surplus_ignored(tmp_path:
     assert run(FakeTeacher(lambda r, i: completions(*"abcdefghi")), asks_for(1), tmp_path).answers == SAMPLES
 
 
-def test_a_teacher_that_gives_no_choices_is_not_asked_for_ever(tmp_path: Path) -> None:
-    teacher = FakeTeacher(lambda r, i: Answer(()))
-    assert run(teacher, asks_for(2), tmp_path).failed == {"unanswered": 2 * SAMPLES}
-    assert len(teacher.requests) == 2
+def test_an_answer_without_choices_is_asked_for_again_and_not_for_ever(tmp_path: Path) -> None:
+    teacher, asks = FakeTeacher(lambda r, i: Answer(()) if i == 20 or r.prompt == "prompt 5" else None), asks_for(40)
+    assert run(teacher, asks, tmp_path, limits=Limits(concurrency=4, max_attempts=2)).failed == {"unanswered": SAMPLES}
+    assert "none of 3 choices came (attempt 2 of 2)" in str(reasons(tmp_path)["e5"])
+    assert teacher.prompts["prompt 5"] == 2
+    assert [line for line in lines(tmp_path) if line[3] == "ok"] == expected(ask for ask in asks if ask.example_id != "e5")
+
+
+def test_an_answer_without_choices_may_have_been_billed(tmp_path: Path) -> None:
+    with Budget(tmp_path / "spent.json", BudgetSettings(), PRICE) as budget:
+        run(FakeTeacher(lambda r, i: Answer((), 0, 0) if i == 1 else completions("a")), asks_for(1, samples=1), tmp_path, budget=budget)
+        answered = Budget(tmp_path / "probe.json", BudgetSettings(), PRICE).reserve(asks_for(1, samples=1)[0].request)
+        assert answered is not None
+        assert budget.account.requests == 2
+        assert budget.account.cost > answered.cost
 
 
 def test_a_teacher_that_refuses_several_answers_to_one_request_is_asked_for_one_at_a_time(tmp_path: Path) -> None:
@@ -564,6 +578,20 @@ def test_a_teacher_that_dies_half_way_ends_the_harvest_with_all_answers_and_no_f
     assert lines(tmp_path) == expected(asks)
 
 
+def test_a_pause_longer_than_patience_is_waited_out_and_the_teacher_asked_again(tmp_path: Path) -> None:
+    began = time.monotonic()
+
+    def maintained(request: GenerationRequest, index: int) -> None:
+        left_s = began + 2 - time.monotonic()
+        if left_s > 0:
+            raise TeacherFailed("HTTP 503: maintenance", retry_after_s=left_s)
+
+    teacher, asks = FakeTeacher(maintained), asks_for(40, samples=1)
+    assert run(teacher, asks, tmp_path, limits=Limits(concurrency=16, patience_s=1, max_attempts=50)).failed == {}
+    assert lines(tmp_path) == expected(asks)
+    assert len(teacher.requests) <= 40 + 16
+
+
 def test_an_outage_is_waited_out_with_few_requests(tmp_path: Path) -> None:
     begun, within = 0.0, 0
 
@@ -638,6 +666,44 @@ def test_what_is_in_flight_when_the_end_comes_is_paid_for_and_kept(tmp_path: Pat
     with pytest.raises(TeacherRejected):
         run(teacher, asks_for(50, samples=1), tmp_path, limits=Limits(concurrency=8))
     assert len(rows(tmp_path)) == len(teacher.requests) - 1 == 7
+
+
+def test_a_403_is_of_one_request_where_others_are_answered_even_if_it_comes_first(tmp_path: Path) -> None:
+    async def moderated(request: GenerationRequest, index: int) -> None:
+        if request.prompt in ("prompt 0", "prompt 60"):
+            raise RequestForbidden("HTTP 403: flagged")
+        await asyncio.sleep(0.05)
+
+    teacher, asks = FakeTeacher(moderated), asks_for(100, samples=1)
+    assert run(teacher, asks, tmp_path, limits=Limits(concurrency=8)).failed == {"refused": 2}
+    assert reasons(tmp_path) == {"e0": "refused: HTTP 403: flagged", "e60": "refused: HTTP 403: flagged"}
+    assert len(teacher.requests) == 101  # the first was in doubt
+    again = FakeTeacher()
+    assert run(again, asks, tmp_path, retry=frozenset({"refused"})).answers == 100
+    assert len(again.requests) == 2
+
+
+def test_a_403_before_any_answer_ends_the_harvest_and_no_row_has_failed(tmp_path: Path) -> None:
+    teacher = FakeTeacher(lambda r, i: raised(RequestForbidden("HTTP 403: give the key")))
+    with pytest.raises(RequestForbidden, match="give the key"):
+        run(teacher, asks_for(1000), tmp_path, limits=Limits(concurrency=64))
+    assert len(teacher.requests) <= SMOKE
+    assert rows(tmp_path) == []
+
+
+def test_a_key_that_is_revoked_meanwhile_ends_the_harvest_before_all_rows_have_failed(tmp_path: Path) -> None:
+    async def revoked(request: GenerationRequest, index: int) -> None:
+        await asyncio.sleep(0.001)
+        if index > 100:
+            raise RequestForbidden("HTTP 403: give the key")
+
+    teacher, asks = FakeTeacher(revoked), asks_for(1000, samples=1)
+    with pytest.raises(RequestForbidden, match="give the key"):
+        run(teacher, asks, tmp_path, limits=Limits(concurrency=16))
+    assert len(teacher.requests) < 100 + 2 * FORBIDDEN
+    assert len(rows(tmp_path)) <= 100 + FORBIDDEN
+    again = FakeTeacher()
+    assert run(again, asks, tmp_path, retry=frozenset({"refused"})).answers == 1000
 
 
 def test_a_wrong_url_ends_the_harvest_within_its_first_requests(tmp_path: Path) -> None:
@@ -918,6 +984,34 @@ def test_who_watches_is_told_one_thing_at_a_time_and_the_end_last(tmp_path: Path
 
     run(FakeTeacher(slow), asks_for(1), tmp_path, watch=slow_watch)
     assert told == ["running begins", "running is told", "ended begins", "ended is told"]
+
+
+def test_news_that_cannot_be_told_are_warned_of_once_and_the_harvest_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def slow(request: GenerationRequest, index: int) -> None:
+        await asyncio.sleep(0.6)
+
+    stage, prom = tmp_path / "stage", tmp_path / "textfile" / "h.prom"
+    watch = Watch(stage, "run", prom)
+    for folder in (prom, stage / PROGRESS):  # stand where files belong from here on
+        folder.mkdir(parents=True)
+    teacher, asks = FakeTeacher(slow), asks_for(16, samples=1)
+    run(teacher, asks, stage, watch=watch, limits=Limits(concurrency=4))
+    assert lines(stage) == expected(asks)
+    assert len(teacher.requests) == 16
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 2
+    assert str(stage / PROGRESS) in warnings[0]
+    for part in (str(prom), "--metrics-file", "goes on without it"):
+        assert part in warnings[1]
+
+
+@pytest.mark.parametrize("name", ["folder", "file/h.prom"])
+def test_a_metrics_file_that_cannot_be_written_is_refused_beforehand(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=f"--metrics-file {tmp_path / name}: cannot be written"):
+        Watch(tmp_path, "run", tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
 
 
 # what it may cost

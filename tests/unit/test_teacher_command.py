@@ -94,5 +94,5 @@ def test_several_servers_are_several_flags_or_one_variable_with_commas(monkeypat
     assert settings(engine="upstream", upstream_model="m").upstream_url == ("http://a/v1", "http://b/v1")
     assert settings(engine="upstream", upstream_model="m", upstream_url=["http://c/v1"]).upstream_url == ("http://c/v1",)
     monkeypatch.delenv("TEACHER_UPSTREAM_URL")
-    with pytest.raises(SettingsError, match="upstream_url"):
+    with pytest.raises(SettingsError, match="upstream-url"):
         settings(engine="upstream", upstream_model="m")

@@ -62,6 +62,15 @@ def test_four_micro_batches_of_two_train_as_one_batch_of_eight(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_odds_ratio_changes_no_batch(kind, tmp_path):
+    """SFT and ORPO on the same triplets differ in the loss alone."""
+    rows = examples(60, 2)
+    orders = [list(trainer(student(kind), rows, tmp_path, batch_size=4, orpo_lambda=w)[0]._get_train_sampler()) for w in (0.0, 0.5)]
+    assert sorted(orders[0]) == list(range(60))
+    assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rejected", [1, 3])
 def test_loss_and_gradients_equal_those_of_trl(kind, rejected, tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
