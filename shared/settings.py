@@ -678,15 +678,15 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 def explain(exc: ValidationError | SourceError, names: list[str], recipe: Path | None) -> str:
-    """A ValidationError as one sentence a field, without pydantic's own vocabulary. `recipe`: None where fields are a command's options."""
-    where = f"{recipe}: " if recipe else ""
+    """A ValidationError as one sentence a field, without pydantic's own vocabulary. Fields without sections are a command's options."""
+    where, options = f"{recipe}: " if recipe else "", not any("." in name for name in names)
     if isinstance(exc, SourceError):
         return f"{where}{exc}: {exc.__cause__}"
     lines = []
     for error in exc.errors():
         field = ".".join(str(part) for part in error["loc"])
-        if field and not recipe:
-            field = f"--{field.replace('_', '-')}"
+        if field and options:
+            field = f"--{error['loc'][0]}".replace("_", "-")
         if not field:  # what concerns several sections names its fields itself
             lines.append(error["msg"].removeprefix("Value error, "))
             continue

@@ -212,5 +212,5 @@ def test_the_port_is_a_setting_of_both_services_and_none_unless_given(
     assert load_settings(model, flags=flags).metrics_port is None
     monkeypatch.setenv(f"{prefix}_METRICS_PORT", "9464")
     assert load_settings(model, flags=flags).metrics_port == 9464
-    with pytest.raises(SettingsError, match="metrics_port"):
+    with pytest.raises(SettingsError, match="--metrics-port: "):
         load_settings(model, flags={**flags, "metrics_port": "65536"})

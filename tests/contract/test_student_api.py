@@ -435,10 +435,10 @@ def test_a_recipe_names_who_is_shown_beside_its_student(monkeypatch: pytest.Monk
     ("options", "said"),
     [
         (["--host", "0.0.0.0"], "--no-auth"),
-        (["--threads", "two"], "threads"),
-        (["--device", "tpu"], "device"),
-        (["--device-index", "a"], "device_index"),
-        (["--max-queue", "0"], "max_queue"),
+        (["--threads", "two"], "--threads: "),
+        (["--device", "tpu"], "--device: "),
+        (["--device-index", "a"], "--device-index: "),
+        (["--max-queue", "0"], "--max-queue: "),
         (["--registry", "r"], "exactly one"),
     ],
 )
