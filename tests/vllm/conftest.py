@@ -53,7 +53,8 @@ class Engine:
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "bfloat16", "--max-model-len", str(READS_TOKENS)]
         command += ["--max-num-seqs", "32", "--enforce-eager", "--shutdown-timeout", "5", *HARDENED]
         variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(self._cache)}
-        variables |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        # nobind: vLLM would hold on to one core, of two or four that others want too
+        variables |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=os.environ | variables, start_new_session=True
