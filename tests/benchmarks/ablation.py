@@ -4,6 +4,7 @@
     python tests/benchmarks/ablation.py --quick                 # two minutes: two arms, few rows, one seed, in a folder of its own
     python tests/benchmarks/ablation.py --table                 # the tables of results/ablation.jsonl; no model is loaded
     python tests/benchmarks/ablation.py --table --seed 0 1      # of these seeds alone, while others are not complete
+    python tests/benchmarks/ablation.py --markdown              # both data sets in one table, as the README has it
 
 Student: SmolLM2-135M-Instruct, its upper 15 of 30 layers trained with AdamW, learning rate 1e-4, 8 prompts a step, 2 epochs. In arms of
 two rounds each has one of them, with a warm-up, a decay and an optimizer of its own. Teacher: the same with the embedded question adapter,
@@ -321,13 +322,31 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def markdown(rows: list[dict[str, Any]], gains: dict[str, Any]) -> None:
+    """Print the table of the README."""
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        scores[row["data"], row["arm"]].append(row["rougeL"])
+    names = list({row["data"]: None for row in rows})
+    print("| arm |" + "".join(f" {data}: ROUGE-L | gain | p |" for data in names) + " over |")
+    print("|---|" + "---:|---:|---:|" * len(names) + "---|")
+    for arm in [arm for arm in ARMS if any((data, arm) in scores for data in names)]:
+        line = f"| {arm} |"
+        for data in names:
+            mine, gain = scores.get((data, arm)), gains.get(f"{data}: {arm}")
+            line += f" {np.mean(mine):.1f} |" if mine else " |"
+            line += f" {gain['mean']:+.1f} [{gain['low']:+.1f}, {gain['high']:+.1f}] | {gain['p']:.3f} |" if gain else " | |"
+        print(f"{line} {COMPARED[arm] if COMPARED[arm] != arm else ''} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--meqsum", type=Path, help="MeQSum's xlsx; without it only the embedded sample is used")
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--seed", type=int, nargs="+", help="with --table: of these seeds alone")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--seed", type=int, nargs="+", help="with --table or --markdown: of these seeds alone")
     parser.add_argument("--cell", nargs=3, metavar=("DATA", "ARM", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work, file = arguments.work, RESULTS
@@ -337,7 +356,7 @@ def main() -> int:
         data, arm, seed = arguments.cell
         print(json.dumps(cell(data, arm, int(seed), work, quick=arguments.quick)))
         return 0
-    if not arguments.table:
+    if not (arguments.table or arguments.markdown):
         arms, seeds = (list(ARMS)[:2], SEEDS[:1]) if arguments.quick else (list(ARMS), SEEDS)
         data = ["sample", *(["meqsum"] if arguments.meqsum else [])]
         wanted = [(d, arm, seed) for seed in seeds for arm in arms for d in data]
@@ -359,6 +378,9 @@ def main() -> int:
             print(f"{number}/{len(wanted)} {d}, {arm}, seed {seed}: ROUGE-L {score} ({time.monotonic() - begun:.0f} s)", flush=True)
     rows = [row for row in results(file) if arguments.seed is None or row["seed"] in arguments.seed]
     gains = tables(rows)
+    if arguments.markdown:
+        print()
+        markdown(rows, gains)
     print(f"\n{len(rows)} cells, {sum(r['seconds'] for r in rows) / 3600:.1f} h")
     print(json.dumps(gains))
     return 0
