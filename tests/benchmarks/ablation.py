@@ -1,7 +1,7 @@
 """Does the odds ratio pay where the teacher gives text alone? The whole grid, by one command that goes on where it was.
 
     python tests/benchmarks/ablation.py --meqsum meqsum.xlsx    # what `make ablation MEQSUM=meqsum.xlsx` runs: hours
-    python tests/benchmarks/ablation.py --quick                 # two minutes: two arms, few rows, one seed, in a folder of its own
+    python tests/benchmarks/ablation.py --quick                 # one minute: two arms, few rows, one seed, in a folder of its own
     python tests/benchmarks/ablation.py --table                 # the tables of results/ablation.jsonl; no model is loaded
     python tests/benchmarks/ablation.py --table --seed 0 1      # of these seeds alone, while others are not complete
     python tests/benchmarks/ablation.py --markdown              # both data sets in one table, as the README has it
