@@ -161,11 +161,15 @@ def interval(resampled: Floats) -> tuple[float, float] | None:
 
 def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The same, p corrected for their number (Holm, 1979): the chance of any false p_holm < alpha among them is at most alpha."""
-    tested = sorted((c.p, i) for i, c in enumerate(comparisons) if c.p is not None)
-    corrected, most = list(comparisons), 0.0
-    for rank, (p, i) in enumerate(tested):
-        most = max(most, min(1.0, (len(tested) - rank) * p))
-        corrected[i] = comparisons[i].model_copy(update={"p_holm": most})
+    corrected = iter(holm_corrected([c.p for c in comparisons if c.p is not None]))
+    return [c if c.p is None else c.model_copy(update={"p_holm": next(corrected)}) for c in comparisons]
+
+
+def holm_corrected(p: Sequence[float]) -> list[float]:
+    """Each p, in their order, as large as it must be where so many were tried (Holm, 1979)."""
+    corrected, most = list(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        corrected[i] = most = max(most, min(1.0, (len(p) - rank) * p[i]))
     return corrected
 
 

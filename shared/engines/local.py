@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
+from shared.commands import install
 from shared.contracts import Completion, GenerationRequest, Sampling, ServingConfig
 from shared.engines.encoding import PromptEncoder
 from shared.errors import EngineError, RequestRefused
@@ -140,7 +141,7 @@ class LocalModel:
         try:
             import ctranslate2
         except ImportError as exc:
-            raise EngineError("the local engine needs CTranslate2: in the checkout, pip install -e '.[local]'") from exc
+            raise EngineError(f"the local engine needs CTranslate2: {install('local')}") from exc
         kind = ctranslate2.Translator if self._encodes else ctranslate2.Generator
         try:
             return kind(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.artifacts import new_directory, temporary_name
+from shared.commands import install
 from shared.errors import DataError, SettingsError, storage_error
 from shared.harvest.ledger import AnswerReader, answer_files
 
@@ -41,7 +42,7 @@ def export(stage: Path, to: Path) -> int:
     try:
         import datasets
     except ImportError as exc:
-        raise SettingsError("distill harvest export needs the datasets library: in the checkout, pip install -e '.[datasets]'") from exc
+        raise SettingsError(f"distill harvest export needs the datasets library: {install('datasets')}") from exc
     features = datasets.Features({name: datasets.Value(kind) for name, kind in COLUMNS.items()})
     try:
         to.parent.mkdir(parents=True, exist_ok=True)

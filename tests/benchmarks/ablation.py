@@ -47,6 +47,7 @@ import numpy as np
 import yaml
 
 from evaluator.metrics.rouge import rouge_rows
+from evaluator.significance import holm_corrected
 from shared.artifacts import Run, read_jsonl, sha256_file, write_atomic, write_jsonl
 from shared.contracts import Response
 from shared.datasets.stage import prepare
@@ -278,14 +279,6 @@ def estimate(cells: Sequence[Sequence[float]]) -> Estimate:
     return Estimate(float(mean), float(mean) - half, float(mean) + half, p)
 
 
-def by_holm(p: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
-    """Each p as large as it must be where that many were tried (Holm, 1979)."""
-    corrected, most = {}, 0.0
-    for place, name in enumerate(sorted(p, key=lambda name: p[name])):
-        most = corrected[name] = max(most, min(1.0, (len(p) - place) * p[name]))
-    return corrected
-
-
 def tables(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Print a table a data set; returns the gains."""
     cells: dict[tuple[str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
@@ -296,7 +289,7 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, Any]:
         other = cells.get((data, COMPARED[arm]), {})
         if COMPARED[arm] != arm and (both := sorted(mine.keys() & other.keys())):
             gains[data, arm] = len(both), estimate([np.subtract(mine[s]["rows"], other[s]["rows"]) for s in both])
-    corrected = by_holm({name: gain.p for name, (_, gain) in gains.items()})
+    corrected = dict(zip(gains, holm_corrected([gain.p for _, gain in gains.values()]), strict=True))
     for data in {data: None for data, _ in cells}:
         arms = [arm for arm in ARMS if (data, arm) in cells]
         first = next(iter(cells[data, arms[0]].values()))
