@@ -65,8 +65,8 @@ def ended(page):
 
 
 def until(page, holds):
-    """Give the server up to five seconds to notice."""
-    for _ in range(50):
+    """Give the server up to twenty seconds to notice."""
+    for _ in range(200):
         if holds():
             return
         page.wait_for_timeout(100)
@@ -126,7 +126,7 @@ def test_all_models_are_asked_at_once_and_each_answer_comes_word_by_word_beside_
     student.scripts = {
         "student": Script(("Which", " tablets?")),
         "base": Script(("ibuprofen", " ibuprofen"), pause_s=0.1),
-        "teacher": Script(("Can I", " take it", " daily?"), pause_s=1.0),
+        "teacher": Script(("Can I", " take it", " daily?"), pause_s=4.0),
     }
     page = visit().page
     ask(page)
@@ -138,8 +138,8 @@ def test_all_models_are_asked_at_once_and_each_answer_comes_word_by_word_beside_
     ended(page)
     expect(said(page, "teacher")).to_have_text("Can I take it daily?")
     first, total = (int(text.removesuffix(" ms")) for text in card(page, "teacher").locator("dd").all_inner_texts())
-    assert 1000 <= first < total - 1000
-    assert total >= 3000
+    assert 4000 <= first < total - 4000
+    assert total >= 12_000
     assert [body["model"] for body in student.asked] == ["student", "base", "teacher"]
     assert all(body | {"model": ""} == {"model": "", "question": QUESTION, "truncate": True, "stream": True} for body in student.asked)
 
@@ -257,7 +257,7 @@ def test_a_page_that_came_too_early_recovers_by_itself(visit, student):
     expect(found.page.locator("#ask")).to_be_disabled()
     found.page.get_by_label("Your question").fill(QUESTION)
     student.state = STATE
-    expect(found.page.locator("#ask")).to_be_enabled(timeout=4000)
+    expect(found.page.locator("#ask")).to_be_enabled(timeout=30_000)
     expect(found.page.locator("#state")).to_have_text(f"Serving {STATE['version']}")
     assert found.page.get_by_label("Your question").input_value() == QUESTION
     assert found.requests.count(f"{student.url}/") == 1
@@ -270,7 +270,7 @@ def test_a_server_that_does_not_answer_is_told_and_looked_for_again(visit):
     expect(found.page.locator("#state")).to_have_text("Nothing can be asked at present: the server does not answer; trying again")
     expect(card(found.page, "student")).to_contain_text("No answer: the server does not answer")
     found.page.unroute("**/v1/*")
-    expect(found.page.locator("#ask")).to_be_enabled(timeout=4000)
+    expect(found.page.locator("#ask")).to_be_enabled(timeout=30_000)
 
 
 def test_a_key_is_asked_for_and_is_in_no_url_no_storage_and_nowhere_in_the_page(visit, student):
@@ -376,7 +376,7 @@ def test_the_run_is_followed_while_somebody_sees_the_page_and_only_then(visit, s
     page = visit().page
     expect(page.locator("#harvest")).to_contain_text("5 of 440 answers, not heard of any more · 3 failed")
     student.run = {**RUN, "harvest": {**RUN["harvest"], "answers": 440, "state": "ended", "rows_per_s": None}, "training": None}
-    expect(page.locator("#harvest")).to_contain_text("440 of 440 answers, ended", timeout=3000)
+    expect(page.locator("#harvest")).to_contain_text("440 of 440 answers, ended", timeout=30_000)
     expect(page.locator("#curve svg")).to_have_count(0)
     page.evaluate("""state => {
       Object.defineProperty(document, "visibilityState", {get: () => window.seen, configurable: true});
@@ -502,7 +502,7 @@ def test_all_text_stands_out_from_what_is_under_it_by_day_and_by_night(visit, st
 
 
 def test_nothing_moves_for_those_who_want_no_motion(visit, student):
-    student.scripts = {"student": Script(("slow",), pause_s=1.0)}
+    student.scripts = {"student": Script(("slow",), pause_s=10.0)}
     blinks = "getComputedStyle(document.querySelector('[aria-busy=true] .said'), '::after').animationName"
     page = visit().page
     ask(page)

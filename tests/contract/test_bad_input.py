@@ -99,7 +99,7 @@ class Loquacious(ScriptedEngine):
         return await super().generate(request)
 
 connections.HEADERS_S = connections.UNREAD_S = 1.0
-serving.KEEP_ALIVE_S = 4
+serving.KEEP_ALIVE_S = 8
 configure("info")
 app = create_app(Loquacious(), model="teacher", title="Teacher", bounds=Bounds(body_s=1.0))
 sys.exit(serving.serve(app, host="127.0.0.1", port=0, name="test", drain_s=1))
@@ -441,7 +441,7 @@ def test_clients_that_leave_while_they_wait_leave_their_places_to_others(tmp_pat
                     time.sleep(0.1)
             with ExitStack() as stack:
                 waiting = [stack.enter_context(closing(gateway.connect())) for _ in range(8)]
-                assert in_time(lambda: text_of(answered(gateway, post(MODEST_BODY))) == ANSWER)
+                assert in_time(lambda: answered(gateway, post(MODEST_BODY)).status == 200)
                 for number, connection in enumerate(waiting):
                     connection.sendall(post(about(number)))
                 texts = [text_of(answer) for connection in waiting for answer in read_answers(connection)]
@@ -454,9 +454,9 @@ def test_a_connection_that_was_answered_before_its_body_came_is_closed_when_it_i
         connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n")
         assert [answer.status for answer in read_answers(connection, most=1)] == [200]
         time.sleep(0.3)
-        connection.sendall(b"hello")
-        connection.settimeout(20)
-        assert connection.recv(65536) == b""
+        with suppress(ConnectionError):  # a machine that stands still meanwhile closes it before
+            connection.sendall(b"hello")
+            assert connection.recv(65536) == b""
 
 
 def test_a_head_that_comes_in_parts_behind_another_request_loses_none_of_its_line_ends(scripted: Gateway) -> None:
@@ -523,7 +523,7 @@ def test_a_connection_whose_request_was_refused_early_can_be_used_again_later(hu
         (refused,) = read_answers(connection, most=1)
         assert refused.status == 405
         connection.sendall(body[1000:])
-        time.sleep(2)  # longer than headers may take
+        time.sleep(2)  # longer than headers may take, and much shorter than a connection may be idle
         connection.sendall(post(MODEST_BODY))
         (answer,) = read_answers(connection)
         assert text_of(answer) == ANSWER

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx
 import openai
 import pytest
 from gateways import ANSWER, ANSWER_S, QUESTION, Gateway, in_time, teacher
@@ -226,18 +227,20 @@ def test_a_client_that_may_try_again_waits_as_long_as_it_was_told(tmp_path: Path
         "response": [lambda r: answered.append((time.monotonic(), r.status_code))],
     }
     with (
-        teacher(tmp_path / "stderr", "--api-keys-file", str(tmp_path / "keys.yaml"), "--delay-s", "1.5") as slow,
+        teacher(tmp_path / "stderr", "--api-keys-file", str(tmp_path / "keys.yaml"), "--delay-s", "3", "--metrics-port", "0") as slow,
         ThreadPoolExecutor() as threads,
         openai.OpenAI(base_url=f"{slow.url}/v1", api_key=key_of("single"), max_retries=0, timeout=ANSWER_S) as hasty,
         openai.OpenAI(
             base_url=f"{slow.url}/v1",
             api_key=key_of("single"),
-            max_retries=5,
+            max_retries=20,
             http_client=openai.DefaultHttpxClient(event_hooks=hooks, timeout=ANSWER_S),
         ) as patient,
     ):
+        assert slow.process.stdout is not None
+        metrics = slow.process.stdout.readline().split()[-1]
         first = threads.submit(lambda: hasty.completions.create(**GREEDY))
-        time.sleep(0.3)
+        assert in_time(lambda: "distill_http_requests_in_flight 1.0" in httpx.get(metrics, trust_env=False, timeout=ANSWER_S).text)
         with pytest.raises(openai.RateLimitError, match="at a time") as refused:
             hasty.completions.create(**GREEDY)
         assert refused.value.response.headers["retry-after"] == "1"

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from awake import awake
 from tiny_servable import servable_llama
 
 from shared.contracts import Completion, GenerationRequest, Message, Sampling
@@ -80,7 +81,7 @@ def test_a_request_in_flight_is_finished_before_a_service_ends(start: Start) -> 
     body = {"model": "teacher", "prompt": "Is migraine hereditary?"}
 
     async def ask_and_stop() -> httpx.Response:
-        async with httpx.AsyncClient(trust_env=False) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
             asked = asyncio.create_task(client.post(f"{url_of(line)}/completions", json=body))
             await asyncio.sleep(0.7)
             process.send_signal(signal.SIGTERM)
@@ -100,12 +101,14 @@ def test_a_request_that_takes_longer_does_not_keep_a_service_from_ending_before_
             await asyncio.sleep(0.7)
             process.send_signal(signal.SIGTERM)
             begun = time.monotonic()
-            await asyncio.to_thread(process.wait, 20)
+            with awake() as seconds:
+                await asyncio.to_thread(process.wait, 90)
+                assert seconds() < 10
             return await asked, time.monotonic() - begun
 
     answer, took = asyncio.run(ask_and_stop())
     assert process.returncode == 0
-    assert DRAIN_S <= took < 10
+    assert took >= DRAIN_S
     assert answer.status_code == 503
     assert answer.json()["error"]["message"] == "the model is not available now; try again"
     assert "Traceback" not in process.communicate()[1]
@@ -147,8 +150,10 @@ def test_work_that_cannot_be_interrupted_does_not_keep_a_service_from_ending(wha
             assert any("listening on" in line for line in process.stdout)
             process.send_signal(signal.SIGTERM)
             begun = time.monotonic()
-            assert process.wait(20) == 0
-            assert 1 <= time.monotonic() - begun < 5
+            with awake() as seconds:
+                assert process.wait(60) == 0
+                assert seconds() < 5
+            assert time.monotonic() - begun >= 1
         finally:
             process.kill()
 

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import httpx
@@ -27,6 +28,7 @@ from shared.errors import EngineError, RunMismatch, TeacherUnavailable
 from shared.http.problems import NotReady
 from shared.registry import Promoted, promote, record_refusal, rollback
 from shared.settings import TaskSettings
+from student_trainer.serving import follow
 from student_trainer.serving.app import app_over, generating_app, student_app
 from student_trainer.serving.follow import LOOK_S, Follower, Loaded, Served, Student
 from student_trainer.serving.load import Loader as StudentLoader
@@ -288,8 +290,11 @@ def test_a_version_that_cannot_be_served_has_one_line_in_the_log_and_callers_are
         (registry / bad.folder / "model.bin").write_bytes(b"other")
 
     async def steps(client: httpx.AsyncClient) -> None:
-        await asyncio.sleep(2.5 * LOOK_S)
         reason = f"promoted version {bad.version} cannot be served; the log tells why"
+        async with asyncio.timeout(60):
+            while (await client.get("/readyz")).json()["reason"] != reason:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(2.5 * LOOK_S)
         assert (await client.get("/readyz")).json()["reason"] == reason
         assert (await client.get("/v1/student")).json()["reason"] == reason
         for path, body in ROUTES.items():
@@ -335,8 +340,10 @@ def test_what_cannot_be_served_leaves_the_one_before_in_place_and_the_next_is_se
 
 
 def test_what_could_not_be_served_is_tried_again_later_with_one_line_for_each_distinct_error(
-    registry: Path, folder: Path, caplog: pytest.LogCaptureFixture
+    registry: Path, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = 0.0
+    monkeypatch.setattr(follow, "time", SimpleNamespace(monotonic=lambda: now))
     errors = [OSError(116, "Stale file handle"), OSError(116, "Stale file handle"), MemoryError()]
 
     class Recovering(Loader):
@@ -346,15 +353,16 @@ def test_what_could_not_be_served_is_tried_again_later_with_one_line_for_each_di
             return super().__call__(student)
 
     async def run() -> None:
+        nonlocal now
         served = Served()
-        follower = Follower(registry, served, load=Recovering(), retry_s=0.1)
+        follower = Follower(registry, served, load=Recovering(), retry_s=5)
         version = promoted(registry, folder, name="one")
         for left in (2, 1, 0):
             for _ in range(2):  # the second comes too early
                 await follower.look()
                 assert len(errors) == left
                 assert served.loaded is None
-            await asyncio.sleep(0.1)
+                now += 4
         await follower.look()
         assert await answer(served) == version.version
         assert served.reason is None

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from awake import awake
 from composed import free_port
 from gateways import ANSWER, ANSWER_S, QUESTION, Gateway, in_time, running
 
 CLIENTS = 12
 """Requests in flight, always; every third one is a stream."""
-DELAY_S = 0.03
-"""Of each replica's answer."""
+DELAY_S = 0.1
+"""Of each replica's answer: so long that two busy cores are not what bounds them."""
 
 
 class Replica:
@@ -145,7 +146,7 @@ def test_three_replicas_that_are_equally_fast_get_a_third_each(fleet: Fleet) -> 
 
 @pytest.mark.parametrize("fleet", [(DELAY_S, DELAY_S, 20 * DELAY_S)], indirect=True)
 def test_a_replica_that_is_twenty_times_as_slow_gets_a_fifth_of_what_the_others_get_or_less(fleet: Fleet) -> None:
-    """By turns it would get as many, and its 0.6 s would be everybody's."""
+    """By turns it would get as many, and its 2 s would be everybody's."""
     load = Load()
     load.run(fleet.gateway, lambda: time.sleep(3))
     assert load.failed == []
@@ -161,14 +162,14 @@ def test_a_replica_that_is_killed_under_load_costs_no_more_than_its_share_in_fli
     def kill_and_start() -> None:
         nonlocal killed, back
         time.sleep(1)
-        killed = time.monotonic()
         dead.kill()
+        killed = time.monotonic()
         time.sleep(1)
         dead.start(DELAY_S)
         dead.listens()
-        back = time.monotonic()
-        assert in_time(lambda: dead.answered() > 0)
-        back = time.monotonic() - back
+        with awake() as seconds:
+            assert in_time(lambda: dead.answered() > 0)
+            back = seconds()
 
     load.run(fleet.gateway, kill_and_start)
     later = [began for began, *_ in load.failed if began > killed]

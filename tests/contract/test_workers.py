@@ -68,8 +68,13 @@ def ask(base: str) -> int:
 
 
 def numbers(url: str) -> dict[str, float]:
-    lines = httpx.get(url, trust_env=False).text.splitlines()
+    lines = httpx.get(url, trust_env=False, timeout=30).text.splitlines()
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+
+
+def in_flight(metrics: str, requests: int) -> bool:
+    """Whether so many are being answered, within a minute."""
+    return within(60, lambda: numbers(metrics)["distill_http_requests_in_flight"] == requests)
 
 
 def alive(pid: int) -> bool:
@@ -110,18 +115,18 @@ def test_a_limit_holds_for_all_workers_together_and_their_numbers_are_added_up(s
 
 
 def test_a_killed_worker_is_replaced_and_what_it_held_is_given_back(start: Start) -> None:
-    process, base, metrics = start("--concurrent-requests", "2", TEACHER_DELAY_S="3")
+    process, base, metrics = start("--concurrent-requests", "2", TEACHER_DELAY_S="6")
     before = workers_of(process)
     with ThreadPoolExecutor(2) as pool:
         lost = [pool.submit(ask, base) for _ in range(2)]
-        time.sleep(1)
+        assert in_flight(metrics, 2)
         assert ask(base) == 429  # both are held
         for pid in before:
             os.kill(pid, signal.SIGKILL)
         for one in lost:
             with pytest.raises(httpx.TransportError):
                 one.result()
-    assert within(10, lambda: len(set(workers_of(process)) - set(before)) == 2)
+    assert within(60, lambda: len(set(workers_of(process)) - set(before)) == 2)
     assert ask(base) == 200
     assert numbers(metrics)["distill_http_requests_in_flight"] == 0
     process.send_signal(signal.SIGINT)
@@ -132,12 +137,12 @@ def test_a_killed_worker_is_replaced_and_what_it_held_is_given_back(start: Start
 
 
 def test_requests_in_flight_are_finished_by_every_worker_before_the_end(start: Start) -> None:
-    process, base, _ = start(TEACHER_DELAY_S="3")
+    process, base, metrics = start(TEACHER_DELAY_S="6")
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, base) for _ in range(8)]
-        time.sleep(1)
+        assert in_flight(metrics, 8)
         process.send_signal(signal.SIGTERM)
-        assert within(1, lambda: not takes_connections(base))
+        assert within(5, lambda: not takes_connections(base))
         assert [one.result() for one in asked] == [200] * 8
     assert process.wait(20) == 0
 

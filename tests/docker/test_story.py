@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from awake import awake
 from composed import ROOT, Project, docker, environment, ready, recipe
 
 QUESTION = "My mother is 80 and keeps falling at night. She takes a water pill. Could the pill be the reason?"
@@ -49,9 +50,12 @@ def test_the_student_is_up_before_anything_is_promoted_and_says_what_it_waits_fo
     assert project.up("student").returncode == 0
     base = f"http://127.0.0.1:{project.student_port}"
     assert ready(f"{base}/healthz").status_code == 200
-    time.sleep(2)  # its first look at the registry
-    answer = httpx.get(f"{base}/readyz", trust_env=False)
-    assert answer.status_code == 503
+    for _ in range(60):  # until its first look at the registry
+        answer = httpx.get(f"{base}/readyz", trust_env=False, timeout=30)
+        assert answer.status_code == 503
+        if "no student is promoted yet" in answer.json()["reason"]:
+            break
+        time.sleep(1)
     assert "no student is promoted yet" in answer.json()["reason"]
 
 
@@ -207,9 +211,9 @@ def test_a_killed_trainer_goes_on_from_its_checkpoint_and_a_stopped_one_ends_wit
         going = threading.Thread(target=project.up)
         going.start()
         until_trained(project, 30)
-        begun = time.monotonic()
-        docker("stop", "-t", "30", project.container("trainer"))
-        assert time.monotonic() - begun < 10
+        with awake() as seconds:
+            docker("stop", "-t", "30", project.container("trainer"))
+            assert seconds() < 10
         going.join()
         assert project.state("trainer")["ExitCode"] == 143
 
@@ -230,9 +234,9 @@ def test_servers_end_within_10_s_of_a_signal(served: Project, service: str) -> N
     served.up("teacher", "student")
     port = {"teacher": served.teacher_port, "student": served.student_port}[service]
     ready(f"http://127.0.0.1:{port}/healthz")
-    begun = time.monotonic()
-    docker("stop", "-t", "30", served.container(service))
-    assert time.monotonic() - begun < 10
+    with awake() as seconds:
+        docker("stop", "-t", "30", served.container(service))
+        assert seconds() < 10
     assert served.state(service)["ExitCode"] in (0, 143)
 
 
@@ -265,12 +269,18 @@ def test_metrics_of_servers_and_runs_are_told_on_the_network_for_monitoring_and_
     assert done.returncode == 0, done.stdout
     fetch = "import sys, time, urllib.request as r\nfor u in sys.argv[1:]: print(r.urlopen(u, timeout=20).read().decode())"
     ready(f"http://127.0.0.1:{served.student_port}/healthz")
-    time.sleep(1)
     light, network = "blackbox-distill/light:0.1.0", f"{served.name}_monitoring"
     urls = [f"http://{name}:9464/metrics" for name in ("teacher", "student", "monitor")]
-    told = docker("run", "--rm", "--network", network, "--entrypoint", "python", light, "-c", fetch, *urls)
-    assert 'distill_http_requests_total{method="GET",route="/healthz"' in told
-    assert 'distill_stage_state{run="default",stage="evaluation",state="done"} 1.0' in told
-    assert "distill_promoted_info" in told
+    expected = (
+        'distill_http_requests_total{method="GET",route="/healthz"',
+        'distill_stage_state{run="default",stage="evaluation",state="done"} 1.0',
+        "distill_promoted_info",
+    )
+    for _ in range(10):  # until all three are up and have looked
+        time.sleep(1)
+        told = docker("run", "--rm", "--network", network, "--entrypoint", "python", light, "-c", fetch, *urls, check=False)
+        if all(line in told for line in expected):
+            break
+    assert [line for line in expected if line not in told] == []
     on_host = subprocess.run(["docker", "port", served.container("teacher")], env=environment(), capture_output=True, text=True).stdout
     assert "9464" not in on_host

@@ -7,6 +7,7 @@ import re
 import resource
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_a_harvest_that_is_killed_ends_with_the_lines_of_one_that_was_not_and_re
     file, whole, cut = recipe(tmp_path, teacher.url, prompts=60), tmp_path / "whole", tmp_path / "cut"
     assert harvest(file, whole) == 0
     teacher.bodies.clear()
-    teacher.delay_s = 0.05
+    teacher.delay_s = 0.1
     for at in (20, 90):
         with child(file, cut) as process:
             wait_for_lines(cut, at, process)
@@ -200,12 +201,18 @@ def test_a_second_harvest_at_the_same_time_is_refused_and_the_first_goes_on(
     tmp_path: Path, teacher: Teacher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = recipe(tmp_path, teacher.url, prompts=40), tmp_path / "run"
-    teacher.delay_s = 0.05
-    with child(file, out) as process:
+    refused = threading.Event()
+
+    def answer(body: Body) -> Said:
+        assert len(teacher.bodies) <= 20 or refused.wait(60)
+        return usual(body)
+
+    teacher.answer = answer
+    with child(file, out, "--set", "teacher.timeout_s=60") as process:
         wait_for_lines(out, 5, process)
         assert harvest(file, out) == StorageError.exit_code
         assert "wait for it or end it" in capsys.readouterr().err
-        teacher.delay_s = 0.0
+        refused.set()
         assert process.wait() == 0
     assert len(lines(out)) == 40 * SAMPLES
 

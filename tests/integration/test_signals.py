@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from awake import awake
 from teachers import count_lines
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
@@ -77,10 +78,10 @@ def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
 def told_to_end(process: subprocess.Popen[str]) -> str:
     """Send SIGTERM; what the process said on its standard error, having ended with 143 in time."""
     assert process.poll() is None, process.communicate()
-    begun = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
-    assert time.monotonic() - begun < MOST_S
+    with awake() as seconds:
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=90)
+        assert seconds() < MOST_S
     assert process.returncode == 143, said
     return said
 
@@ -189,10 +190,10 @@ def test_the_first_process_of_a_container_ends_as_well() -> None:
         assert outer.stdout is not None
         assert outer.stdout.readline() == "busy 1\n"
         (inner,) = children(outer.pid)
-        begun = time.monotonic()
-        os.kill(inner, signal.SIGTERM)
-        _, said = outer.communicate(timeout=30)
-        assert time.monotonic() - begun < MOST_S
+        with awake() as seconds:
+            os.kill(inner, signal.SIGTERM)
+            _, said = outer.communicate(timeout=90)
+            assert seconds() < MOST_S
         assert outer.returncode == 143
         assert TOLD in said
     finally:

@@ -21,10 +21,15 @@ TINY = Words(
     samples=16,
 )
 """For a model that reads 128 tokens."""
+UNLOADED = "no request was refused: this was no soak"
+"""The only problem where the machine stood still while the capacity was measured: then twice of it is no load."""
 
 
 def test_an_overloaded_server_answers_all_that_it_accepts_and_is_as_before_afterwards(tmp_path: Path) -> None:
     folder = convert(str(servable_llama(tmp_path / "model")), tmp_path / "serving", name="tiny", quantization="float32")
-    report = soak(folder, TINY, tmp_path / "log", seconds=20, capacity_s=4, options=("--max-queue", "32"))
+    for _ in range(3):
+        report = soak(folder, TINY, tmp_path / "log", seconds=20, capacity_s=4, options=("--max-queue", "32"))
+        if report.problems != [UNLOADED]:
+            break
     assert not report.problems, report.problems[:10]
     assert report.total("WRONG") == report.total("STUCK") == 0

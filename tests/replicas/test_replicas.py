@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from awake import awake
 from composed import ROOT, free_port
 from tiny_servable import SPECIAL, WORDS, line_tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
@@ -230,10 +231,12 @@ class Fleet:
         return [one for one in seen if one.answer and self.expected[one.answer[0]][one.question] != one.answer[1]]
 
     def again(self, replica: Replica) -> float:
-        """Start a replica that has ended. Seconds from when it is ready until nginx asks it again."""
+        """Start a replica that has ended. Seconds in which the machine ran from when it is ready until nginx asks it again."""
         replica.start()
         eventually(replica.ready)
-        return eventually(lambda: replica.address in self.asked_of(6))
+        with awake() as seconds:
+            eventually(lambda: replica.address in self.asked_of(6))
+            return seconds()
 
     def asked_of(self, requests: int) -> Counter[str]:
         """Who has answered so many requests, one after the other."""
