@@ -6,6 +6,7 @@ It says nothing that is not recorded in the run, and no secret: of a teacher's U
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ SCORES = "## Scores"
 TAGS = ("blackbox-distill", "orpo", "knowledge-distillation", "ctranslate2")
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What every embedded:NAME was made from, as the Hub knows it."""
+STOCK = "embedded:smollm2-135m"
+"""Has the weights of EMBEDDED as they are."""
 DATA_LICENCES = {
     "sample": "CC0 1.0",
     "meqsum": "CC BY 4.0; Ben Abacha and Demner-Fushman, *On the Summarization of Consumer Health Questions*, ACL 2019",
@@ -96,6 +99,11 @@ def hub_name(reference: str) -> str | None:
     return reference if HUB_NAME.fullmatch(reference) and not Path(reference).exists() else None
 
 
+def base_name(reference: str) -> str:
+    """Under which name others find the very weights of a base model, if they can: of a folder on this machine its last part."""
+    return EMBEDDED if reference == STOCK else named(reference)
+
+
 def public_url(url: str) -> str:
     """`url` without what may be a secret: user, password, query, fragment."""
     parts = urlsplit(url)
@@ -123,13 +131,13 @@ def _what_it_is(run: Run, serving: ServingConfig) -> str:
     recipe = run.recipe
     task = recipe.task.instruction or SUMMARISE_QUESTION
     return (
-        f"{_code(_named(recipe.student.model))} ({serving.kind}), distilled from the answers of a black-box teacher: text alone, no "
+        f"{_code(named(recipe.student.model))} ({serving.kind}), distilled from the answers of a black-box teacher: text alone, no "
         "log-probabilities, no token ids. It was trained for one task, worded so:\n\n"
         f"> {_line(task)}"
     )
 
 
-def _named(reference: str) -> str:
+def named(reference: str) -> str:
     """A model reference without the way to a folder on this machine."""
     return reference if ":" in reference or hub_name(reference) else Path(reference).name
 
@@ -145,8 +153,7 @@ def _steps(run: Run) -> Iterator[str]:
     made = [manifest for number in rounds if (manifest := run.manifest(f"triplets/r{number}"))]
     if counts := [str(manifest.counts["triplets"]) for manifest in made if "triplets" in manifest.counts]:
         yield f"Triplets (prompt, chosen, rejected), a round: {', '.join(counts)}; ranked by {recipe.triplets.ranking}"
-    later = "; in each after the first the student as it then was gave a share of the rejected answers"
-    yield f"Rounds: {settings.rounds}{later if settings.rounds > 1 else ''}"
+    yield f"Rounds: {settings.rounds}{_later_rounds(run)}"
     weighted = {name: getattr(settings, name) for name in ("kl_reference", "kl_teacher_sequence", "kl_teacher_token")}
     terms = "".join(f", {name} {weight:g}" for name, weight in weighted.items() if weight)
     yield f"Loss: ORPO (Hong et al., 2024), lambda {settings.orpo_lambda:g}{terms}; trainer {settings.trainer}"
@@ -159,6 +166,18 @@ def _steps(run: Run) -> Iterator[str]:
     )
 
 
+def _later_rounds(run: Run) -> str:
+    """What the student's own answers were to the rounds after the first, as their triplets record it; nothing where nothing is recorded."""
+    later = [manifest for number in range(1, run.recipe.train.rounds) if (manifest := run.manifest(f"triplets/r{number}"))]
+    rejected: Counter[str] = sum((Counter(manifest.counts.get("rejected_sources", {})) for manifest in later), Counter())
+    if not rejected:
+        return ""
+    return (
+        f"; of the {rejected.total()} answers that those after the first rejected, {rejected['current-student']} were given by the student "
+        "as it then was"
+    )
+
+
 def _licences(run: Run, origin: Mapping[str, str]) -> Iterator[str]:
     recipe = run.recipe
     licence = DATA_LICENCES.get(recipe.dataset.name, "not recorded: that of whoever gave the file")
@@ -167,7 +186,7 @@ def _licences(run: Run, origin: Mapping[str, str]) -> Iterator[str]:
     kept = ", ".join(f"{count} {split}" for split, count in rows.counts["kept"].items())
     source = source_in_words(recipe.dataset, rows.counts["source"])
     yield f"Data set: `{recipe.dataset.name}` ({kept} rows), from {source}. Licence: {licence}"
-    base = {"reference": _named(origin["reference"]), **{key: value for key, value in origin.items() if key != "reference"}}
+    base = {"reference": named(origin["reference"]), **{key: value for key, value in origin.items() if key != "reference"}}
     told = "; ".join(f"{key} {_code(value)}" for key, value in base.items())
     yield f"Base model: {told}" + ("" if "license" in origin else "; its licence is not recorded here, and applies")
     yield "Teacher: the terms of use of the teacher apply to what is made of its answers, this model among it"

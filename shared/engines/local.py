@@ -29,7 +29,8 @@ COMPUTE_TYPES = {
     "cpu": {"int8": "int8_float32", "float16": "float32", "float32": "float32"},
     "cuda": {"int8": "int8_float16", "float16": "float16", "float32": "float32"},
 }
-"""What is computed in, by how the weights are stored: few processors have 16-bit arithmetic that is worth its loss."""
+"""What is computed in, by how the weights are stored: few processors have 16-bit arithmetic that is worth its loss. Of encoder-decoders in
+float16 see `compute_type`."""
 LEAST = 1e-4
 """Of a temperature or a top_p: below it the likeliest token is drawn all the same."""
 QUICK_CHARACTERS = 2000
@@ -148,7 +149,7 @@ class LocalModel:
                 str(self._folder),
                 device=self._device.kind,
                 device_index=list(self._device.indices),
-                compute_type=self._device.compute_type or COMPUTE_TYPES[self._device.kind][self.config.quantization],
+                compute_type=compute_type(self.config, self._device, ctranslate2.get_supported_compute_types),
                 inter_threads=workers,
                 intra_threads=cores,
             )
@@ -378,6 +379,21 @@ def _batches(prompts: Sequence[Prompt], indices: list[int], size: int, spread: i
         batch.append(index)
     if batch:
         yield batch
+
+
+def compute_type(config: ServingConfig, device: Device, supported: Callable[[str, int], set[str]]) -> str:
+    """What a model computes in: what the device is told, else by how its weights are stored.
+
+    An encoder-decoder stored in float16 takes bfloat16 on a GPU, whose range is that of float32: T5's activations overflow in float16, and
+    nothing but <pad> comes out (CTranslate2's issues 1074 and 1679). Where a GPU has no bfloat16 it takes float32, since CTranslate2 falls
+    back by itself only from what nobody asked for. supported: `ctranslate2.get_supported_compute_types`.
+    """
+    if device.compute_type is not None:
+        return device.compute_type
+    chosen = COMPUTE_TYPES[device.kind][config.quantization]
+    if chosen != "float16" or config.kind != "encoder-decoder":
+        return chosen
+    return "bfloat16" if all("bfloat16" in supported(device.kind, index) for index in device.indices) else "float32"
 
 
 def read_config(folder: Path) -> ServingConfig:

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument_group("how it computes").add_argument
     add("--device", help="cpu (default) or cuda")
     add("--device-index", metavar="N,...", help="cuda: the GPUs, each with a copy of the student; default 0")
-    add("--compute-type", metavar="T", help="a compute type of CTranslate2; default: as the weights are stored, float16 on GPUs")
+    add("--compute-type", metavar="T", help="a compute type of CTranslate2; default: as the weights are stored, on GPUs 16 bits")
     add("--threads", metavar="BxC", help="batches side by side x cores of each; default auto: measured at the start")
     add("--max-batch", metavar="N", help="completions decoded together; default 32")
     add("--max-batch-tokens", metavar="N", help="tokens read together by a decoder-only student: memory, 0.3 MB each; default 640")

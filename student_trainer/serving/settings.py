@@ -31,7 +31,7 @@ class StudentServiceSettings(ServerSettings):
     device_index: Annotated[tuple[int, ...], NoDecode] = (0,)
     """cuda: the GPUs, each with a copy of the student."""
     compute_type: str | None = None
-    """A compute type of CTranslate2; None: by how the weights are stored, on GPUs float16."""
+    """A compute type of CTranslate2; None: by how the weights are stored, on GPUs in 16 bits."""
     threads: str = "auto"
     """cpu: BATCHESxCORES, e.g. 2x1: batches decoded side by side, and cores of each. auto: the fastest, measured with the first student."""
     max_batch: int = Field(BATCH_ROWS, ge=1, le=1024)

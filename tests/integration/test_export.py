@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,19 @@ import tiny_models
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import shared.engines.convert
 from evaluator.card import SECTION
 from shared.artifacts import Run, sha256_file
 from shared.contracts import GenerationRequest, Sampling
 from shared.datasets.stage import prepare
+from shared.engines import convert
 from shared.engines.local import LocalModel
 from shared.errors import EngineError, StageOrder
 from shared.prompts import SUMMARISE_QUESTION, messages, zero_shot
-from shared.settings import Recipe
-from student_trainer.card import SCORES, hub_name, public_url
+from shared.settings import EvaluateSettings, Recipe
+from student_trainer.card import SCORES, base_name, hub_name, public_url
 from student_trainer.export import export
 from student_trainer.training.stage import save
 from student_trainer.training.student import load
@@ -66,12 +68,18 @@ def trained(folder: Path, kind: str, **changes) -> Run:
 def harvested(run: Run) -> None:
     """What the stages before the training have recorded."""
     run.stage("responses/teacher").finish([], settings={}, counts={"prompts": 30, "answers": 119})
-    for number, triplets in enumerate((57, 61)):
-        run.stage(f"triplets/r{number}").finish([], settings={}, counts={"triplets": triplets})
+    for number, triplets in enumerate((57, 61, 59)):
+        sources = {"student": 50, **({"current-student": 10 + number} if number else {})}
+        run.stage(f"triplets/r{number}").finish([], settings={}, counts={"triplets": triplets, "rejected_sources": sources})
 
 
 def parity(run: Run) -> dict:
     return run.manifest("model").counts["parity"]
+
+
+def conversion(run: Run) -> dict:
+    """What decided whether it is exported."""
+    return run.manifest("model").counts["conversion"]
 
 
 def card(run: Run) -> str:
@@ -82,7 +90,7 @@ def card(run: Run) -> str:
 def test_in_float32_both_folders_give_the_same_answer_to_each_of_32_prompts_and_the_manifest_says_so(kind, tmp_path, capsys):
     run = trained(tmp_path, kind)
     export(run)
-    assert parity(run) == {"prompts": 32, "identical": 32, "mean_rouge_l": 1.0, "quantization": "float32"}
+    assert parity(run) == {"prompts": 32, "identical": 32, "mean_rouge_l": 1.0, "quantization": "float32"} == conversion(run)
     assert "export: hf/ and serving/ (float32) answer 32 of 32 prompts identically, mean ROUGE-L 1.00\n" in capsys.readouterr().out
     assert sha256_file(run.path / "model/hf/model.safetensors") == sha256_file(run.path / "checkpoints/r0/student/model.safetensors")
 
@@ -114,20 +122,38 @@ def test_of_few_rows_all_are_asked_but_those_that_the_model_cannot_read(tmp_path
     assert parity(run) == {"prompts": 0, "identical": 0, "mean_rouge_l": None, "quantization": "float32"}
 
 
-def test_int8_is_measured_and_never_refused(tmp_path):
-    run = trained(tmp_path, "decoder-only", export={"quantization": "int8"})
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
+def test_what_int8_changes_is_recorded_and_the_same_conversion_to_float32_is_looked_at_and_not_exported(kind, tmp_path):
+    run = trained(tmp_path, kind, export={"quantization": "int8"})
     export(run)
-    assert parity(run)["prompts"] == 32
+    assert (parity(run)["prompts"], parity(run)["quantization"]) == (32, "int8")
     assert parity(run)["identical"] < 32
-    assert "(int8) answer" in card(run)
+    assert conversion(run) == {"prompts": 32, "identical": 32, "mean_rouge_l": 1.0, "quantization": "float32"}
+    assert re.search(r"\(int8\) answer \d+ of 32 .*; in float32 32 of 32, mean ROUGE-L 1\.00\.", card(run))
+    assert sorted(file.name for file in (run.path / "model").iterdir()) == ["README.md", "hf", "manifest.json", "serving"]
 
 
-@pytest.mark.parametrize("quantization", ["float32", "float16"])
+@pytest.mark.parametrize("quantization", ["float32", "float16", "int8"])
+def test_noise_of_5_percent_in_the_converted_weights_is_refused_though_most_words_are_the_same(quantization, tmp_path, monkeypatch):
+    run, noisy, right = trained(tmp_path, "encoder-decoder", export={"quantization": quantization}), tmp_path / "noisy", convert.convert
+    changed = load_file(shutil.copytree(run.path / "checkpoints/r0/student", noisy) / "model.safetensors")
+    torch.manual_seed(0)
+    for name, values in changed.items():
+        if values.dim() == 2:
+            changed[name] = values + torch.randn_like(values) * values.std() * 0.05
+    save_file(changed, noisy / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(convert, "convert", lambda source, out, **options: right(str(noisy), out, **options))
+    with pytest.raises(EngineError, match=r"the conversion changed the model: .* mean ROUGE-L 0\.[56]\d, where 0\.[89]5 in float"):
+        export(run)
+    assert not (run.path / "model").exists()
+
+
+@pytest.mark.parametrize("quantization", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
 def test_a_serving_folder_of_other_weights_is_refused_and_nothing_is_exported(kind, quantization, tmp_path, monkeypatch):
-    run, other, right = trained(tmp_path, kind, export={"quantization": quantization}), tmp_path / "other", shared.engines.convert.convert
+    run, other, right = trained(tmp_path, kind, export={"quantization": quantization}), tmp_path / "other", convert.convert
     model(kind, 2, other)
-    monkeypatch.setattr(shared.engines.convert, "convert", lambda source, out, **options: right(str(other), out, **options))
+    monkeypatch.setattr(convert, "convert", lambda source, out, **options: right(str(other), out, **options))
     with pytest.raises(
         EngineError, match=r"the conversion changed the model: .* of 32 prompts identically, mean ROUGE-L 0\.[0-4]"
     ) as refused:
@@ -156,6 +182,12 @@ def test_of_a_lora_student_the_adapter_is_exported_beside_the_merged_weights(tmp
     assert parity(run)["identical"] == 32
     assert "model/adapter/adapter_model.safetensors" in {output.path for output in run.manifest("model").outputs}
     assert f"`{sha256_file(exported / 'adapter/adapter_model.safetensors')}`" in card(run)
+    assert json.loads((exported / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    checkpoint = json.loads((stage.path / "adapter/adapter_config.json").read_text())
+    assert checkpoint["base_model_name_or_path"] == str(tmp_path / "base")  # a later round finds it there
+    texts = [file for file in exported.rglob("*") if file.is_file() and file.suffix not in (".safetensors", ".bin")]
+    assert len(texts) > 8
+    assert not [file for file in texts if str(tmp_path) in file.read_text()]
 
 
 @pytest.mark.parametrize(("kind", "task"), [("decoder-only", "text-generation"), ("encoder-decoder", "summarization")])
@@ -201,6 +233,13 @@ def test_no_secret_and_no_folder_of_this_machine_stands_in_the_card(tmp_path):
 )
 def test_of_a_url_neither_credentials_nor_query_are_shown(url, shown):
     assert public_url(url) == shown
+
+
+def test_an_adapters_base_is_named_so_that_others_find_the_very_weights_or_none(tmp_path):
+    assert base_name("google/flan-t5-base") == "google/flan-t5-base"
+    assert base_name("embedded:smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert base_name("embedded:smollm2-135m-questions") == "embedded:smollm2-135m-questions"  # the Hub has others
+    assert base_name(str(tmp_path / "base")) == "base"
 
 
 def test_a_student_of_the_hub_is_named_there_and_a_folder_is_not(tmp_path):
@@ -256,7 +295,39 @@ def test_after_several_rounds_the_last_student_is_exported_and_the_triplets_of_e
     export(run)
     assert sha256_file(run.path / "model/hf/model.safetensors") == sha256_file(stage.path / "student/model.safetensors")
     assert "a round: 57, 61;" in card(run)
+    assert "Rounds: 2; of the 61 answers that those after the first rejected, 11 were given by the student as it then was." in card(run)
     assert "No checkpoint was chosen by validation" in card(run)
+
+
+def test_the_card_claims_nothing_of_rounds_whose_triplets_have_no_answers_of_the_student_as_it_then_was(tmp_path):
+    run = trained(tmp_path, "decoder-only", train={"rounds": 2}, triplets={"on_policy": 0})
+    run.stage("triplets/r1").finish([], settings={}, counts={"triplets": 61, "rejected_sources": {"student": 50, "teacher": 11}})
+    shutil.copytree(run.path / "checkpoints/r0/student", run.path / "checkpoints/r1/student")
+    run.stage("checkpoints/r1").finish([run.path / "checkpoints/r1/student"], settings={})
+    export(run)
+    assert "after the first rejected, 0 were given by the student as it then was." in card(run)
+
+
+def test_with_another_bound_of_the_evaluation_the_card_is_written_anew_and_nothing_is_converted(tmp_path, monkeypatch, capsys):
+    run = trained(tmp_path, "decoder-only")
+    export(run)
+    assert "max_new_tokens=24," in card(run)
+    before, weights = run.manifest("model"), (run.path / "model/serving/model.bin").stat().st_mtime_ns
+    monkeypatch.setattr(convert, "convert", None)
+    longer = Run.open(run.path, run.recipe.model_copy(update={"evaluate": EvaluateSettings(max_tokens=64, stop=("w1", "w2"))}))
+    capsys.readouterr()
+    export(longer)
+    assert "its card is written anew: evaluate.max_tokens or evaluate.stop is another one" in capsys.readouterr().out
+    assert "max_new_tokens=64," in card(run)
+    assert "after 64 tokens in the evaluation" in card(run)
+    assert ".split('w1')[0].split('w2')[0]" in card(run)
+    assert "answer 32 of 32 prompts" in card(run)
+    assert run.manifest("model").counts == before.counts
+    assert [ref.path for ref in run.manifest("model").outputs] == [ref.path for ref in before.outputs]
+    assert (run.path / "model/serving/model.bin").stat().st_mtime_ns == weights
+    monkeypatch.setattr("student_trainer.export.origin_of", None)  # a base model that has gone from the cache is not made again
+    export(Run.open(run.path, longer.recipe.model_copy(update={"evaluate": EvaluateSettings(max_tokens=64, stop=("w1", "w2"), seed=1)})))
+    assert capsys.readouterr().out == "export: complete, nothing to do\n"
 
 
 def test_a_promotion_finds_the_section_that_it_rewrites():

@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,12 @@ from tiny_servable import WORDS, servable_llama, servable_t5
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from shared.contracts import Completion, GenerationRequest, Message, Sampling
+from shared.contracts import Completion, GenerationRequest, Message, Sampling, ServingConfig
 from shared.engines import batching
 from shared.engines.batching import LocalEngine, _Job, _Text
 from shared.engines.convert import convert
 from shared.engines.layout import layouts, measured
-from shared.engines.local import Device, Heed, Layout, LocalModel, Prompt, available_cores
+from shared.engines.local import Device, Heed, Layout, LocalModel, Prompt, available_cores, compute_type
 from shared.errors import EngineError, RequestRefused, TeacherBusy, TeacherLate, TeacherUnavailable
 
 T = TypeVar("T")
@@ -600,39 +601,40 @@ def test_an_encoder_keeps_no_prefix(loaded: dict[str, LocalModel]) -> None:
 
 
 def test_a_short_answer_does_not_wait_for_a_long_one_of_its_batch(loaded: dict[str, LocalModel]) -> None:
-    class Slower(LocalModel):
-        """Takes its time for every token."""
+    heard = threading.Event()
+    waited: list[bool] = []
+
+    class Held(LocalModel):
+        """Of a batch of two, goes on with the long answer once the short one has been heard."""
 
         def decode(self, prompts: Any, heed: Heed) -> None:
-            def slowly(*told: Any) -> bool:
-                time.sleep(0.01)
-                return heed(*told)
+            tokens: Counter[int] = Counter()
 
-            super().decode(prompts, slowly)
+            def held(row: int, *told: Any) -> bool:
+                tokens[row] += 1
+                if len(prompts) == 2 and tokens[row] == 4:
+                    waited.append(heard.wait(30))
+                return heed(row, *told)
+
+            super().decode(prompts, held)
 
     model = loaded["encoder-decoder"]
-    model.__class__ = Slower
-    long, short = (GenerationRequest(prompt=PROMPTS[3], sampling=Sampling(max_tokens=n, temperature=1.0)) for n in (64, 2))
+    model.__class__ = Held
+    long, short = (GenerationRequest(prompt=PROMPTS[3], sampling=Sampling(max_tokens=n)) for n in (64, 2))
 
-    async def steps(engine: LocalEngine) -> list[float]:
-        began = time.monotonic()
-
-        async def took(request: GenerationRequest) -> float:
-            await engine.generate(request)
-            return time.monotonic() - began
-
-        await engine.generate(short)  # the next two wait and share a batch
-        first = asyncio.create_task(engine.generate(long))
-        await asyncio.sleep(0.05)
-        times = await asyncio.gather(took(long), took(short))
-        await first
-        return list(times)
+    async def steps(engine: LocalEngine) -> None:
+        tasks = [asyncio.create_task(engine.generate(long))]
+        await asyncio.sleep(0.01)  # the next two wait and share a batch
+        tasks.append(asyncio.create_task(engine.generate(long)))
+        await engine.generate(short)
+        heard.set()
+        await asyncio.gather(*tasks)
 
     try:
-        slow, quick = engine_over(model, steps)
+        engine_over(model, steps)
     finally:
         model.__class__ = LocalModel
-    assert quick < slow - 0.2
+    assert waited == [True]
 
 
 def test_who_leaves_in_the_middle_of_a_batch_ends_its_own_work_and_no_one_elses(loaded: dict[str, LocalModel]) -> None:
@@ -690,6 +692,8 @@ def test_what_batches_took_is_given_back_once_while_nothing_is_asked(monkeypatch
         assert not given  # a batch is being decoded
         model.open.release()
         await asyncio.gather(*first)
+        while not given:
+            await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
         assert given == [[["a"]]]
         second = await started(engine, ask("b"))  # it still answers
@@ -737,6 +741,33 @@ def test_the_layout_is_the_one_that_was_fastest(folders: dict[str, tuple[Path, P
 def test_a_gpu_that_is_not_there_is_told_with_the_options_to_look_at(folders: dict[str, tuple[Path, Path]]) -> None:
     with pytest.raises(EngineError, match="--device"):
         LocalModel(folders["decoder-only"][1], device=Device("cuda", (7,)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization", "device", "has", "expected"),
+    [
+        ("encoder-decoder", "float16", Device("cuda"), [{"float16", "bfloat16"}], "bfloat16"),
+        ("encoder-decoder", "float16", Device("cuda"), [{"float16"}], "float32"),
+        ("encoder-decoder", "float16", Device("cuda", (0, 1)), [{"float16", "bfloat16"}, {"float16"}], "float32"),
+        ("encoder-decoder", "float16", Device("cuda", (0,), "float16"), [{"float16", "bfloat16"}], "float16"),
+        ("encoder-decoder", "float16", Device(), [], "float32"),
+        ("encoder-decoder", "int8", Device("cuda"), [], "int8_float16"),
+        ("encoder-decoder", "float32", Device("cuda"), [], "float32"),
+        ("decoder-only", "float16", Device("cuda"), [], "float16"),
+    ],
+)
+def test_on_a_gpu_an_encoder_decoder_of_float16_computes_with_the_range_of_float32(
+    kind: str, quantization: str, device: Device, has: list[set[str]], expected: str
+) -> None:
+    config = ServingConfig(name="t", kind=kind, eos_token="</s>", max_input_tokens=9, quantization=quantization)  # type: ignore[arg-type]
+    assert compute_type(config, device, lambda where, index: has[index]) == expected
+
+
+def test_ctranslate2_refuses_a_compute_type_that_is_asked_for_and_not_there(folders: dict[str, tuple[Path, Path]]) -> None:
+    missing = {"bfloat16", "float16", "int16"} - ctranslate2.get_supported_compute_types("cpu", 0)
+    assert missing  # no processor has all
+    with pytest.raises(EngineError, match="compute type, but the target device or backend do not support"):
+        LocalModel(folders["encoder-decoder"][1], device=Device(compute_type=missing.pop()))
 
 
 def test_those_who_leave_make_room_at_once() -> None:
