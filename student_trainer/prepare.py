@@ -11,7 +11,10 @@ from shared.commands import open_run, stage_parser
 from shared.errors import SettingsError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from shared.artifacts import Run
+    from shared.contracts import Example
 
 STARTED_BESIDE = "http://teacher:8000/v1"
 """Where compose and Kubernetes start a teacher, whose address they put in the place of a recipe's own."""
@@ -38,6 +41,8 @@ def main(argv: list[str]) -> int:
     read_secret(recipe.teacher.api_key, recipe.teacher.api_key_file, "teacher.api_key")  # the harvest needs it; better told now
     # what is wrong with the data comes to light before minutes go into models
     dataset = load(recipe.dataset, cache_dir()) if run.manifest(STAGE) is None else None
+    if recipe.triplets.ranking == "reference":
+        tell_of_unreadable((dataset.splits if dataset else prepare(run))["train"])
     student = recipe.student.model
     print(f"prepare: student {student}: to be trained {offline_model(student)}", flush=True)
     print(f"prepare: student {student}: to be asked {serving_folder(student, recipe.export.quantization)}", flush=True)
@@ -49,6 +54,18 @@ def main(argv: list[str]) -> int:
     if _made(run) == before:
         print("prepare: complete, nothing to do")
     return 0
+
+
+def tell_of_unreadable(train: Sequence[Example]) -> None:
+    """Warn of references that cannot rank answers. Raises DataError if none can: told now, before a harvest is paid for."""
+    from student_trainer.triplets.references import refuse_unrankable
+
+    if unreadable := refuse_unrankable(train):
+        print(
+            f"prepare: {unreadable} of {len(train)} train rows will give no triplet: ROUGE-L reads a-z and 0-9 alone, which their "
+            "references do not have; triplets.ranking=first needs no references",
+            flush=True,
+        )
 
 
 def refuse_without_gpu(root: str = "/") -> None:

@@ -18,8 +18,20 @@ from shared.settings import Recipe
 from student_trainer.triplets.candidates import Candidate, gather
 from student_trainer.triplets.pairs import Pairs, pair
 from student_trainer.triplets.ranking import Similarity, by_consensus, by_reference, by_source, rouge_l
+from student_trainer.triplets.references import refuse_unrankable, refuse_unreadable
 
 TEACHER = "responses/teacher"
+MORE_ANSWERS = "ask for more or longer answers (harvest.samples, harvest.max_tokens)"
+REMEDIES = {
+    "tie with the chosen": f"{MORE_ANSWERS}, or lower triplets.margin",
+    "near-equal to the chosen": "raise triplets.max_similarity, or ask for answers that differ more (harvest.temperature)",
+    "not in rejected_from (student)": "name student in triplets.rejected_from",
+    "not in rejected_from (teacher)": "name teacher in triplets.rejected_from, or let the student answer (sample.samples)",
+}
+"""By the reason why most answers are in no triplet."""
+INEVITABLE = ("prompt without triplet: nothing to reject", "not the first (teacher)")
+"""Reasons that follow from another one, or from how answers are ranked."""
+ANOTHER_RUN = "in another --out, where --answers-from and this run take over what the teacher has answered to the same requests"
 
 
 def stage_name(number: int) -> str:
@@ -132,11 +144,15 @@ def refuse_leaks(splits: Mapping[Split, Sequence[Example]], used: Mapping[str, I
 
 
 def make_triplets(recipe: Recipe, train: Sequence[Example], answers: Mapping[Source, Sequence[Response]]) -> tuple[list[Triplet], Census]:
-    """The triplets of all train rows, in their order, and the census. Raises DataError without references to rank by."""
-    settings = recipe.triplets
-    if settings.ranking == "reference" and all(e.summary is None for e in train):
-        raise DataError("triplets.ranking=reference: no train row has a reference; give triplets.ranking=consensus (or first)")
+    """The triplets of all train rows, in their order, and the census.
+
+    Raises DataError without references to rank by, and where ROUGE-L can read none of the texts it would compare answers with.
+    """
+    if recipe.triplets.ranking == "reference":
+        refuse_unrankable(train)
     gathered, dropped = gather(answers)
+    if recipe.triplets.ranking == "consensus":
+        refuse_unreadable([c.text for candidates in gathered.values() for c in candidates if c.source == "teacher"])
     census = Census(rows=sum(map(len, answers.values())), dropped=dropped, prompts=len(train))
     similarity = rouge_l()
     triplets: list[Triplet] = []
@@ -205,10 +221,10 @@ def _count(census: Census, pairs: Pairs) -> None:
 def _remedy(recipe: Recipe, census: Census) -> str:
     if recipe.triplets.ranking == "first" and recipe.sample.samples == 0:
         return "triplets.ranking=first rejects the student's answers alone, and sample.samples is 0: raise it"
-    largest = census.dropped.most_common(1)
-    if not largest:
+    if not census.dropped:
         return "the ledgers are empty: harvest again"
-    return f"most went as '{largest[0][0]}': ask for more or longer answers (harvest.samples, harvest.max_tokens), or lower triplets.margin"
+    largest = max(census.dropped, key=lambda reason: (reason not in INEVITABLE, census.dropped[reason]))
+    return f"most went as '{largest}': {REMEDIES.get(largest, MORE_ANSWERS)}; {ANOTHER_RUN}"
 
 
 def _texts(example: Example) -> list[str]:

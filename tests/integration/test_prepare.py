@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -84,6 +85,28 @@ def test_a_misspelt_model_is_told_before_the_run_is_bound_to_it(tmp_path: Path) 
     assert wrong.returncode == 2
     assert "tiny-t55" in wrong.stderr
     assert run("prepare", *shared, **variables).returncode == 0
+
+
+def test_references_that_rouge_cannot_read_are_told_before_anything_is_made(tmp_path: Path) -> None:
+    def prepared(name: str, summaries: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+        rows = [{"question": f"Τι είναι η ημικρανία; {n}", "summary": text} for n, text in enumerate(summaries)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = ["dataset.name=file", f"dataset.path={tmp_path / name}.jsonl", "dataset.validation_rows=1", "dataset.test_rows=1"]
+        given = [word for setting in (*data, "triplets.ranking=reference", *more) for word in ("--set", setting)]
+        return run("prepare", "--recipe", str(RECIPE), "--out", str(tmp_path / name), *given, DISTILL_CACHE=str(tmp_path / "cache"))
+
+    greek = [f"Ημικρανία, μέρος {'α' * (n + 1)};" for n in range(8)]
+    refused = prepared("greek", greek)
+    assert refused.returncode == 4, refused.stderr
+    assert "triplets.ranking=reference: ROUGE-L reads a-z and 0-9 alone" in refused.stderr
+    assert "give triplets.ranking=first" in refused.stderr
+    assert not (tmp_path / "cache").exists()
+    mended = prepared("greek", greek, "triplets.ranking=first")
+    assert mended.returncode == 0, mended.stderr
+
+    mixed = prepared("mixed", [*greek, *(f"Ημικρανία, {n} mg;" for n in range(8))])
+    assert mixed.returncode == 0, mixed.stderr
+    assert re.search(r"prepare: [1-8] of 14 train rows will give no triplet: .*triplets\.ranking=first needs no references\n", mixed.stdout)
 
 
 def test_what_is_prepared_is_told_is_made_once_and_serves_light_images(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.artifacts import Run, read_jsonl, write_jsonl
-from shared.contracts import Example, Response, Triplet
+from shared.contracts import Example, Response, Source, Triplet
 from shared.datasets import normalise
 from shared.datasets.stage import prepare
 from shared.errors import DataError, LeakageError, StageOrder
@@ -23,6 +23,7 @@ from student_trainer.triplets.build import TEACHER, build, make_triplets, refuse
 from student_trainer.triplets.candidates import Candidate, gather
 from student_trainer.triplets.pairs import pair
 from student_trainer.triplets.ranking import by_consensus, by_reference, rouge_l
+from student_trainer.triplets.references import readable, refuse_unrankable
 
 STUDENT = "responses/student-r0"
 ROUGE = rouge_l()
@@ -374,6 +375,63 @@ def test_ranking_first_without_student_samples_names_the_setting(tmp_path: Path)
 def test_ranking_by_reference_without_references_names_the_other_ranking() -> None:
     with pytest.raises(DataError, match=r"triplets.ranking=consensus"):
         make_triplets(recipe(), [example(summary=None)], {"teacher": [], "student": []})
+
+
+GREEK = [Example(id=f"e{n}", question=f"Τι είναι η ημικρανία; {n}", summary="Τι είναι η ημικρανία;") for n in range(5)]
+
+
+def greek_answers() -> dict[Source, list[Response]]:
+    said = ["Τι είναι η ημικρανία;", "Ποια είναι η αιτία;"]
+    return {
+        "teacher": [response(e.id, text, n) for e in GREEK for n, text in enumerate(said)],
+        "student": [response(e.id, "Δεν ξέρω τίποτα") for e in GREEK],
+    }
+
+
+@pytest.mark.parametrize("ranking", ["reference", "consensus"])
+def test_of_texts_that_rouge_cannot_read_the_ranking_that_needs_no_measure_is_named(ranking: str) -> None:
+    with pytest.raises(DataError, match=rf"triplets\.ranking={ranking}: ROUGE-L reads a-z and 0-9 alone, .*; give triplets\.ranking=first"):
+        make_triplets(recipe(ranking), GREEK, greek_answers())
+    triplets, _ = make_triplets(recipe("first"), GREEK, greek_answers())
+    assert len(triplets) == 5
+
+
+@given(st.text(max_size=6))
+def test_a_text_is_readable_where_rouge_gives_it_1_with_itself(text: str) -> None:
+    assert readable(text) == (ROUGE(text, text) == 1.0)
+
+
+def test_references_that_cannot_be_read_are_counted() -> None:
+    assert refuse_unrankable([*GREEK, example(), example("b", None), example("c", "500 μg")]) == 5
+
+
+LONG = "one two three four five six seven eight nine ten eleven"
+
+
+@pytest.mark.parametrize(
+    ("ranking", "settings", "said", "own", "told"),
+    [
+        ("first", {}, [LONG], [f"{LONG} twelve"], r"'near-equal to the chosen': raise triplets\.max_similarity"),
+        ("first", {"rejected_from": ("teacher",)}, ["one"], ["two"], r"'not in rejected_from \(student\)': name student in triplets\.rej"),
+        (
+            "consensus",
+            {"rejected_from": ("student",)},
+            ["one two", "one"],
+            [],
+            r"'not in rejected_from \(teacher\)': name teacher in triplets",
+        ),
+        ("consensus", {"margin": 1.0}, ["one two", "one"], ["one ten"], r"'tie with the chosen': .* or lower triplets\.margin"),
+    ],
+)
+def test_where_no_triplet_is_left_the_setting_that_helps_is_named(
+    tmp_path: Path, ranking: str, settings: dict[str, object], said: list[str], own: list[str], told: str
+) -> None:
+    run = Run.open(tmp_path, recipe(ranking, **settings))
+    train = prepare(run)["train"]
+    for name, texts in ((TEACHER, said), (STUDENT, own)):
+        record(run, name, [response(e.id, text, n) for e in train for n, text in enumerate(texts)])
+    with pytest.raises(DataError, match=rf"{told}.*; in another --out, where --answers-from"):
+        build(run)
 
 
 @pytest.mark.parametrize("folder", [TEACHER, STUDENT])
