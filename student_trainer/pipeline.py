@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     from shared.settings import Recipe, evaluation_settings, load_settings
     from student_trainer.progress import unfinished
 
-    flags = {**assignments(arguments.settings), **_dataset_flags(arguments)}
+    flags = dataset_flags(arguments, assignments(arguments.settings))
     recipe = load_settings(Recipe, flags=flags, yaml_file=arguments.recipe)
     out = arguments.out or Path("runs") / recipe.name
     run = Run.open(out, recipe)
@@ -113,21 +113,31 @@ def _beside(recipe: Recipe) -> list[str]:
     return [word for name, value in found.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def _dataset_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    """--dataset and --limit as recipe settings; rows reserved for the embedded sample's adapter mean nothing in other data."""
+def dataset_flags(arguments: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
+    """--dataset and --limit as recipe settings beside those that --set has `given`, which hold. Raises SettingsError.
+
+    What the recipe says of its own data is put out of force where it means nothing in other: where that is, its columns, and the rows
+    reserved for the embedded sample's adapter.
+    """
     flags: dict[str, Any] = {}
-    name = arguments.dataset
-    if name in ("sample", "meqsum"):
-        flags["dataset.name"] = name
-    elif name:
-        if not Path(name).suffix:
+    if name := arguments.dataset:
+        if name in ("sample", "meqsum"):
+            flags |= {"dataset.name": name, "dataset.path": None}
+        elif not Path(name).suffix:
             raise SettingsError(f"--dataset {name}: expected sample, meqsum or the path of a .jsonl, .csv or .xlsx file")
-        flags |= {"dataset.name": "meqsum" if name.endswith(".xlsx") else "file", "dataset.path": str(Path(name).resolve())}
-    if name and name != "sample":
-        flags["dataset.reserved_rows"] = 0
+        else:
+            flags |= {
+                "dataset.name": "meqsum" if Path(name).suffix.lower() == ".xlsx" else "file",
+                "dataset.path": str(Path(name).resolve()),
+            }
+        flags["dataset.hub"] = None
+        if flags["dataset.name"] != "file":
+            flags |= {"dataset.question_column": "question", "dataset.summary_column": "summary"}
+        if name != "sample":
+            flags["dataset.reserved_rows"] = 0
     if arguments.limit is not None:
         flags["dataset.limit"] = arguments.limit
-    return flags
+    return {**given, **{name: value for name, value in flags.items() if name not in given}}
 
 
 def _yaml_scalar(value: Any) -> str:

