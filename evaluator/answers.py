@@ -420,10 +420,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     found = {}
     for given in recipe.evaluate.systems:
         if given.predictions is not None:
-            try:
-                found[given.name] = f"sha256:{sha256_file(given.predictions)}"
-            except OSError as exc:
-                raise DataError(f"{given.predictions}: {exc.strerror}") from exc
+            found[given.name] = f"sha256:{sha256_file(given.predictions)}"
         elif given.run is not None:
             found[given.name] = _content_of(given)
     if recipe.evaluate.bertscore is not None:

@@ -63,8 +63,12 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Raises DataError for a file that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise DataError(f"{path}: {exc.strerror}") from exc
 
 
 def canonical(value: Any) -> bytes:
@@ -119,23 +123,35 @@ def read_jsonl(path: Path, model: type[T]) -> list[T]:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill that takes the place of `path`, whole, when the block ends without an error."""
-    temporary = temporary_name(path)
+    """A directory to fill that takes the place of `path`, whole, when the block ends without an error.
+
+    What a kill leaves under the name `path` is the old directory, the new one or none, and never a part of one. What must always be there
+    is a file, which `os.replace` changes at once. Raises StorageError.
+    """
+    temporary, old = temporary_name(path), temporary_name(path.with_name(f"{path.name}.old"))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        if path.exists():
+            path.rename(old)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         fsync_dir(path.parent)
     except OSError as exc:
         raise storage_error(exc, path) from exc
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def make_once(out: Path, last: str, make: Callable[[Path], object]) -> Path:
@@ -298,8 +314,7 @@ class Run:
         """A stage that reads the outputs of the stages named in `inputs`. Raises StageOrder if one of them is not complete."""
         for other in inputs:
             if not (self.path / other / "manifest.json").exists():
-                command = MADE_BY.get(other) or MADE_BY.get(other.partition("/")[0], "COMMAND")
-                raise StageOrder(f"{name} reads {other}/, which {self.path} does not have yet: run `distill {command}` first")
+                raise StageOrder(f"{name} reads {other}/, which {self.path} does not have yet: run `distill {_made_by(other)}` first")
         stage = Stage(self, name, tuple(inputs))
         if name in ASKED.values():
             Run.open(self.path, self.recipe)  # until this process had the stage, another one might begin with other settings
@@ -312,6 +327,11 @@ class Run:
             return Manifest.model_validate_json(file.read_bytes()) if file.exists() else None
         except ValidationError as exc:
             raise DataError(f"{file}: not a readable manifest; remove it and run its stage again") from exc
+
+
+def _made_by(stage: str) -> str:
+    """The command that completes a stage."""
+    return MADE_BY.get(stage) or MADE_BY.get(stage.partition("/")[0], "COMMAND")
 
 
 def _shapes_nothing_yet(run: Path, setting: str) -> bool:
@@ -370,6 +390,18 @@ class Stage:
         )
         write_atomic(self.path / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
         return manifest
+
+    def refuse_changed_inputs(self) -> None:
+        """Raises DataError if a file that this stage reads is no longer the one that its own stage wrote, and whose hash is passed on."""
+        for name in self._reads:
+            manifest = self.run.manifest(name)
+            for ref in manifest.outputs if manifest else ():
+                file = self.run.path / ref.path
+                if not self._stands(ref) or sha256_file(file) != ref.sha256:
+                    raise DataError(
+                        f"{file} is not what `distill {_made_by(name)}` wrote: its size or SHA-256 is not the one in {name}/manifest.json. "
+                        f"Restore it, or remove that manifest.json and run `distill {_made_by(name)}` again"
+                    )
 
     def _ref(self, file: Path) -> FileRef:
         return FileRef(path=str(file.relative_to(self.run.path)), sha256=sha256_file(file), bytes=file.stat().st_size)

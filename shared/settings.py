@@ -317,6 +317,10 @@ class TrainSettings(Section):
     """Epochs between validations (ROUGE-L of greedy answers), the best of which gives the student; 0: none, the last step does."""
     validation_rows: int = Field(32, ge=1)
     """Of the validation split, at most."""
+    validation_max_tokens: int = Field(48, ge=1, le=4096)
+    """Of a validation's greedy answer; best as in the evaluation."""
+    validation_stop: tuple[str, ...] = Field(("\n",), max_length=4)
+    """Texts that end it."""
     patience: int | None = Field(None, ge=1)
     """Validations without a better score after which a round ends early; None: never."""
     checkpoint_minutes: float = Field(5.0, gt=0)
@@ -326,6 +330,15 @@ class TrainSettings(Section):
     keep_checkpoints: int = Field(1, ge=1)
     report_to: tuple[str, ...] = ("tensorboard",)
     """Beside log.jsonl, of which they show the same: whatever transformers reports to (tensorboard, wandb, mlflow, ...)."""
+
+    @model_validator(mode="after")
+    def _patience_has_validations(self) -> TrainSettings:
+        if self.patience is not None and not self.validate_every:
+            raise ValueError(
+                "patience, validate_every: patience counts validations, and validate_every=0 makes none; give train.validate_every, or "
+                "leave train.patience out"
+            )
+        return self
 
     @property
     def learns_samples(self) -> bool:
@@ -538,6 +551,23 @@ class Recipe(BaseSettings):
     def _bertscore_has_a_model(self) -> Recipe:
         if "bertscore" in (self.promote.metric, *self.promote.no_regression) and self.evaluate.bertscore is None:
             raise ValueError("promote: bertscore needs evaluate.bertscore.model, the folder of an encoder")
+        return self
+
+    @model_validator(mode="after")
+    def _later_rounds_have_answers(self) -> Recipe:
+        """Else every round would be trained on the triplets of the first, whatever share is asked for."""
+        if self.train.rounds > 1 and self.triplets.on_policy > 0:
+            otherwise = "; or give triplets.on_policy=0, for rounds that go on with the triplets of the first, or train.rounds=1"
+            if self.sample.samples == 0:
+                raise ValueError(
+                    f"train.rounds={self.train.rounds}, sample.samples=0: after the first round the student's own answers are rejected, "
+                    f"and it gives none; raise sample.samples{otherwise}"
+                )
+            if "student" not in self.triplets.rejected_from:
+                raise ValueError(
+                    f"train.rounds={self.train.rounds}, triplets.rejected_from: after the first round the student's own answers are "
+                    f"rejected, and only the teacher's may be; name student there{otherwise}"
+                )
         return self
 
     @model_validator(mode="after")

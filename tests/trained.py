@@ -47,7 +47,10 @@ def run_with(path: Path, model: Path, rows: list[Triplet], **train: Any) -> list
     """A run whose triplets are ready; returns the arguments of `distill`."""
     recipe = path.with_suffix(".yaml")
     recipe.write_text(RECIPE % (model, json.dumps({**TRAIN, **train})))
-    stage = Run.open(path, load_settings(Recipe, flags={}, yaml_file=recipe)).stage("triplets/r0")
+    run = Run.open(path, load_settings(Recipe, flags={}, yaml_file=recipe))
+    if run.recipe.train.validate_every:
+        prepare(run)
+    stage = run.stage("triplets/r0")
     write_jsonl(stage.path / "triplets.jsonl", rows)
     stage.finish([stage.path / "triplets.jsonl"], settings={})
     return ["train", "--recipe", str(recipe), "--out", str(path)]
@@ -77,8 +80,7 @@ def answered_run(path: Path, model: Path, *, seed: int = 0, train: Mapping[str, 
         "sample": {"samples": 2, "max_tokens": 6},
         "triplets": {"max_rejected": 1, "margin": 0.01},
         "export": {"quantization": "float32"},
-        "evaluate": {"max_tokens": 6},
-        "train": {**TRAIN, "epochs": 3, "batch_size": 4, "checkpoint_steps": 2, **train},
+        "train": {**TRAIN, "epochs": 3, "batch_size": 4, "checkpoint_steps": 2, "validation_max_tokens": 6, **train},
         **settings,
     }
     recipe.write_text(json.dumps(given))

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from shared.artifacts import new_directory, write_atomic
 from shared.contracts import ServingConfig
+from shared.engines.encoding import default_template
 from shared.engines.t5 import RELATIVE_POSITION_MODELS, scales_logits
 from shared.errors import EngineError
 
@@ -57,7 +58,7 @@ def convert(model: str, out: Path, *, name: str, quantization: str) -> Path:
         eos_token=tokenizer.eos_token,
         bos_token=tokenizer.bos_token,
         decoder_start_token=tokenizer.convert_ids_to_tokens(start) if encoder_decoder and start is not None else None,
-        chat_template=tokenizer.chat_template,
+        chat_template=default_template(tokenizer),
         max_input_tokens=getattr(config, "max_position_embeddings", None) or FALLBACK_INPUT_TOKENS,
         quantization=quantization,
     )
@@ -68,6 +69,6 @@ def convert(model: str, out: Path, *, name: str, quantization: str) -> Path:
             if isinstance(exc, OSError) and exc.errno is not None:  # the disk's fault, not the model's
                 raise
             raise EngineError(f"{model} cannot be converted for serving: {exc}") from exc
-        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        write_atomic(folder / "tokenizer.json", tokenizer.backend_tokenizer.to_str(pretty=True))
         write_atomic(folder / "serving.json", serving.model_dump_json(indent=2) + "\n")
     return out

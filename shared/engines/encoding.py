@@ -22,12 +22,16 @@ class PromptEncoder:
     """Renders a request and tokenises it, as the model's own tokenizer does."""
 
     def __init__(self, tokenizer: Tokenizer, *, chat_template: str | None, bos_token: str | None, eos_token: str) -> None:
+        """Raises EngineError for a chat template that is none."""
         self.tokenizer = tokenizer
         self._names = {"bos_token": bos_token or "", "eos_token": eos_token}
         self._marks = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals["raise_exception"] = _raise
-        self._template = environment.from_string(chat_template) if chat_template else None
+        try:
+            self._template = environment.from_string(chat_template) if chat_template else None
+        except TemplateError as exc:
+            raise EngineError(f"the model's chat template cannot be read: {exc}; mend it in its folder") from exc
 
     @classmethod
     def from_folder(cls, folder: Path, config: ServingConfig) -> PromptEncoder:
@@ -46,7 +50,7 @@ class PromptEncoder:
         """The encoder of a fast tokenizer of transformers (its chat template is used for messages)."""
         return cls(
             tokenizer.backend_tokenizer,
-            chat_template=tokenizer.chat_template,
+            chat_template=default_template(tokenizer),
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
         )
@@ -58,7 +62,7 @@ class PromptEncoder:
         try:
             turns = [{**m.model_dump(), "content": self._inert(m.content)} for m in messages]
             return self._template.render(messages=turns, add_generation_prompt=True, **self._names)
-        except TemplateError as exc:
+        except Exception as exc:  # a boundary: a template is code, which can fail in any way
             raise EngineError(f"the model's chat template refuses these messages: {exc}") from exc
 
     def _inert(self, text: str) -> str:
@@ -76,6 +80,16 @@ class PromptEncoder:
             text, special = request.prompt or "", True
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         return ids
+
+
+def default_template(tokenizer: Any) -> str | None:
+    """The chat template of a tokenizer of transformers; of several, which it has by name, that for plain chat. Raises EngineError."""
+    found: str | dict[str, str] | None = tokenizer.chat_template
+    if not isinstance(found, dict):
+        return found
+    if "default" not in found:
+        raise EngineError(f"the model has chat templates for {', '.join(found)} and none for plain chat; name one of them default")
+    return found["default"]
 
 
 def _raise(message: str) -> None:

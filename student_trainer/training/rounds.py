@@ -6,17 +6,21 @@ Everything of a round is an artefact of its own (responses/student-rN, triplets/
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
-from shared.artifacts import Run, Stage
+from shared.artifacts import Run, Stage, temporary_name
 from shared.commands import uninterrupted
 from student_trainer.sampling import sample
 from student_trainer.triplets.build import build
 
 PATIENCE = timedelta(days=1)
 """How long torchrun's other processes wait while the first one samples, validates or writes."""
+BEST = "best.safetensors"
+"""The best weights so far of a round that is being trained, with what their validation said."""
 T = TypeVar("T")
 
 
@@ -32,6 +36,7 @@ def train_rounds(run: Run, *, before_training: Callable[[], None]) -> None:
             before_training()
             train(run, number)
         elif is_first():
+            clear(run.path / stage_name(number))  # of a training that was killed between its manifest and its end
             print(f"{stage_name(number)}: complete, nothing to do")
 
 
@@ -46,6 +51,8 @@ def checkpoint_stage(run: Run, number: int) -> Stage:
         inputs.append(stage_name(number - 1))
     if run.recipe.train.learns_samples:
         inputs.append("responses/teacher")
+    if run.recipe.train.validate_every:
+        inputs.append("dataset")
     return run.stage(stage_name(number), inputs=inputs)
 
 
@@ -54,7 +61,40 @@ def _is_to_be_trained(run: Run, number: int) -> bool:
     if number:
         sample(run, number)
         build(run, number)
-    return not checkpoint_stage(run, number).complete
+    stage = checkpoint_stage(run, number)
+    if stage.complete:
+        return False
+    stage.refuse_changed_inputs()
+    return True
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in `folder`, oldest first: they get their name only when every file is on the disk."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Take its name away first, so that half a checkpoint is never taken for a whole one."""
+    doomed = temporary_name(checkpoint)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def clear(folder: Path) -> None:
+    """Remove what only a round that is being trained needs: its checkpoints and its best weights."""
+    for checkpoint in checkpoints(folder):
+        remove_checkpoint(checkpoint)
+    (folder / BEST).unlink(missing_ok=True)
+    sweep(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left unfinished."""
+    for leftover in folder.glob(".*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def several() -> bool:

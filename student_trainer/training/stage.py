@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,33 +16,51 @@ from transformers import GenerationConfig, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as transformers_logging
 
-from shared.artifacts import Ledger, Run, canonical, read_json, read_jsonl, sha256_bytes, write_json
+from shared.artifacts import Ledger, Run, canonical, read_json, read_jsonl, sha256_bytes, sha256_file, write_json
 from shared.contracts import Response, Triplet
 from shared.datasets.stage import prepare
-from shared.errors import TrainingError
-from shared.models import hugging_face_model
+from shared.errors import TrainingError, storage_error
+from shared.models import HUB_FILES, offline_model
 from shared.prompts import zero_shot
 from shared.settings import TrainSettings
 from student_trainer.training.collate import Collator
 from student_trainer.training.losses import Weights
 from student_trainer.training.packing import Census, Packer, group, samples_by_example
 from student_trainer.training.record import LogRow, Recorder
-from student_trainer.training.rounds import checkpoint_stage, first_does, is_first, stage_name
-from student_trainer.training.student import ADAPTER, Student, load, native_bf16, padding_token, refuse_unless_packable
+from student_trainer.training.rounds import (
+    BEST,
+    checkpoint_stage,
+    checkpoints,
+    clear,
+    first_does,
+    is_first,
+    remove_checkpoint,
+    stage_name,
+    sweep,
+)
+from student_trainer.training.student import (
+    ADAPTER,
+    Student,
+    load,
+    native_bf16,
+    padding_token,
+    refuse_longer_texts,
+    refuse_unless_it_fits,
+    refuse_unless_packable,
+)
 from student_trainer.training.trainer import (
     ANOTHER_RUN,
+    OUT_OF_MEMORY,
     TENSORBOARD,
-    WEIGHTS,
     OrpoTrainer,
     Resumable,
     arguments,
-    checkpoints,
+    damage_told,
     load_weights,
     out_of_memory_told,
-    remove_checkpoint,
     weights_directory,
 )
-from student_trainer.training.validation import BEST, Answerer, ValidationRow, Validator, best_validation, keep_weights
+from student_trainer.training.validation import Answerer, ValidationRow, Validator, best_validation, keep_weights
 from student_trainer.triplets.build import TEACHER
 from student_trainer.triplets.build import stage_name as triplets_stage
 from student_trainer.triplets.ranking import rouge_l
@@ -58,7 +76,7 @@ def train(run: Run, number: int) -> None:
 
     Round 0 begins with `recipe.student.model`, a later one with the student of the round before. Of torchrun's processes all call this.
     Raises TrainingError, DataError, StorageError. Whatever happens, the last whole checkpoint stays, and the next call goes on from it to
-    the same student.
+    the same student; not where the triplets, the initial student or the prompts a step are others by then: it says so and begins anew.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -73,12 +91,14 @@ def train(run: Run, number: int) -> None:
         stage = ledgers = None
         if is_first():
             stage = checkpoint_stage(run, number)
+            initial = known_as(recipe.student.model)
+            refuse_another_initial_student(run, number, initial)
             step = settings.batch_size * settings.gradient_accumulation * args.world_size
             digest = sha256_bytes(canonical([ref.model_dump() for ref in stage.inputs]))
-            ledgers = Ledgers.open(files, folder, {"inputs_sha256": digest, "prompts_a_step": step})
+            inputs = {"inputs_sha256": digest, "initial_student": initial, "prompts_a_step": step}
+            ledgers = Ledgers.open(files, folder, inputs, bf16=uses_bf16(settings, args.device))
             print(f"train: loading {recipe.student.model}", flush=True)
-        first_does(lambda: None)  # the others read no checkpoint that is about to go
-        bf16 = uses_bf16(settings, args.device)
+        bf16 = first_does(lambda: ledgers is not None and ledgers.bf16)  # nor do the others read a checkpoint that is about to go
         with out_of_memory_told(lambda: NO_ROOM):
             student, tokenizer, reference = students(run, number, bf16=bf16, device=args.device)
             if not settings.fsdp:  # which shards it on its way there
@@ -90,6 +110,7 @@ def train(run: Run, number: int) -> None:
         if is_first():
             tell(census)
         collator = collator_for(student, tokenizer, settings)
+        refuse_unless_it_fits(student, collator, rows)
         recorder = Recorder(ledgers.log) if ledgers else None
         on_row = recorder.record if recorder else lambda row: None
         trainer: Resumable
@@ -98,13 +119,14 @@ def train(run: Run, number: int) -> None:
 
             trainer = trl_trainer(student, tokenizer, rows, args, settings, pad_token_id=collator.pad_token_id, bf16=bf16, on_row=on_row)
         else:
-            refuse_unless_packable(student, collator, max(rows, key=lambda row: row.length))
+            with out_of_memory_told(lambda: OUT_OF_MEMORY.format(step=1)):
+                refuse_unless_packable(student, collator, max(rows, key=lambda row: row.length))
             trainer = OrpoTrainer(student, rows, collator, args, weights=weights_of(settings), on_row=on_row, reference=reference)
         if recorder:
             trainer.add_callback(recorder)
             if TENSORBOARD in settings.report_to:
-                trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / TENSORBOARD))))
-        validator = validator_for(run, student, packer, collator, folder, ledgers.validations if ledgers else None, trainer.report)
+                trainer.add_callback(TensorBoardCallback(event_writer(folder)))
+        validator = validator_for(run, student, packer, collator, folder, ledgers.validations if ledgers else None, trainer)
         if validator:
             trainer.add_callback(validator)
         trainer.add_callback(
@@ -121,11 +143,18 @@ def train(run: Run, number: int) -> None:
             counts |= {"device": str(args.device), "processes": args.world_size}
             if settings.fsdp:  # this process holds only parts of its weights
                 student, tokenizer, _ = students(run, number, bf16=bf16, device=torch.device("cpu"))
-            load_weights(student, folder / BEST / WEIGHTS)
+            with damage_told(folder):
+                load_weights(student, folder / BEST)
             outputs = save(student, tokenizer, folder)
             stage.finish(
                 [*outputs, *ledgers.paths],
-                settings={**settings.model_dump(mode="json"), "student": recipe.student.model, "seed": seed, "bf16": bf16},
+                settings={
+                    **settings.model_dump(mode="json"),
+                    "student": recipe.student.model,
+                    "initial_student": initial,
+                    "seed": seed,
+                    "bf16": bf16,
+                },
                 counts=counts,
             )
             clear(folder)
@@ -138,14 +167,19 @@ class Ledgers:
 
     log: Ledger[LogRow]
     validations: Ledger[ValidationRow]
+    bf16: bool
+    """As the training began, also where it goes on with another processor."""
 
     @classmethod
-    def open(cls, files: ExitStack, folder: Path, inputs: dict[str, Any]) -> Ledgers:
-        """Both ledgers, closed with `files`; what was trained on other `inputs` is removed first. Raises StorageError."""
+    def open(cls, files: ExitStack, folder: Path, inputs: dict[str, Any], *, bf16: bool) -> Ledgers:
+        """Both ledgers, closed with `files`; what was trained on other `inputs` is removed first. Raises StorageError.
+
+        bf16: for training that begins now.
+        """
         with Ledger(folder / "log.jsonl", LogRow):  # its lock: no other trainer is at work here
-            forget_other_inputs(folder, inputs)
+            bf16 = forget_other_inputs(folder, inputs, bf16=bf16)
         log = files.enter_context(Ledger(folder / "log.jsonl", LogRow, sync_every_s=0.0))
-        return cls(log, files.enter_context(Ledger(folder / "validation.jsonl", ValidationRow, sync_every_s=0.0)))
+        return cls(log, files.enter_context(Ledger(folder / "validation.jsonl", ValidationRow, sync_every_s=0.0)), bf16)
 
     @property
     def paths(self) -> list[Path]:
@@ -181,7 +215,7 @@ def students(run: Run, number: int, *, bf16: bool, device: torch.device) -> tupl
 
     With LoRA the adapter of the round before is trained on, and the initial student is the same model with its adapter off.
     """
-    settings, model = run.recipe.train, hugging_face_model(run.recipe.student.model)
+    settings, model = run.recipe.train, offline_model(run.recipe.student.model)
     before = run.path / stage_name(number - 1) if number else None
     start = str(before / "student") if before and not settings.lora_rank else model
     student, tokenizer = load(start, settings, bf16=bf16, adapter=before / ADAPTER if before and settings.lora_rank else None)
@@ -208,7 +242,7 @@ def validator_for(
     collator: Collator,
     folder: Path,
     ledger: Ledger[ValidationRow] | None,
-    report: Callable[..., None],
+    trainer: Resumable,
 ) -> Validator | None:
     """What validates this student; None where the settings want none. Raises TrainingError where there is nothing to compare with."""
     settings, recipe = run.recipe.train, run.recipe
@@ -220,7 +254,10 @@ def validator_for(
             "train.validate_every: no validation row has a reference to compare answers with; give train.validate_every=0 to take the "
             "student after the last step, or a data set with references"
         )
-    answer = Answerer(student, packer.tokenizer, collator.pad_token_id, recipe.evaluate.max_tokens, recipe.evaluate.stop)
+    prompts = [packer.prompt(zero_shot(recipe.task, e.question)) for e in rows]
+    longest = max(map(len, prompts)) + settings.validation_max_tokens
+    refuse_longer_texts(student, longest, "task.max_question_chars or train.validation_max_tokens")
+    answer = Answerer(student, packer.tokenizer, collator.pad_token_id, settings.validation_max_tokens, settings.validation_stop)
     similarity = rouge_l()
     if not any(similarity(e.summary or "", e.summary or "") for e in rows):
         raise TrainingError(
@@ -233,13 +270,14 @@ def validator_for(
 
     return Validator(
         answer,
-        [packer.prompt(zero_shot(recipe.task, e.question)) for e in rows],
+        prompts,
         score,
         folder,
         ledger,
         every=settings.validate_every,
         patience=settings.patience,
-        report=report,
+        epoch=lambda: trainer.epoch,
+        report=trainer.report,
     )
 
 
@@ -274,11 +312,73 @@ def refuse_without_gpu() -> None:
         )
 
 
-def forget_other_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """Remove what was trained on other inputs or with other steps, and what a killed process left half done."""
-    note = folder / "inputs.json"
-    before = read_json(note) if note.exists() else None
+def known_as(reference: str) -> str:
+    """A model reference that tells what it names from what it named before: a folder by its contents, a model of the Hub by its commit.
+
+    (`stamped` goes by times, which differ between the machines that a training may go on.)
+    """
+    folder = Path(offline_model(reference))
+    if folder.parent.name == "snapshots":
+        return f"{reference}@{folder.name}"
+    if not Path(reference).is_dir():
+        return reference
+    files = sorted(file for pattern in (*HUB_FILES, "*.safetensors", "*.bin") for file in folder.glob(pattern))
+    return f"{reference}@{sha256_bytes(canonical([(file.name, sha256_file(file)) for file in files]))[:12]}"
+
+
+def refuse_another_initial_student(run: Run, number: int, initial: str) -> None:
+    """Raises TrainingError if round `number` needs the student that the round before began with, and student.model is another by now."""
+    before = run.manifest(stage_name(number - 1)) if number else None
+    needed = run.recipe.train.lora_rank or run.recipe.train.kl_reference
+    if before and needed and (theirs := before.settings["initial_student"]) != initial:
+        raise TrainingError(
+            f"student.model: it is {initial}, and {stage_name(number - 1)} was trained with {theirs}, which this round needs as well; "
+            f"restore it, or begin in another --out {ANOTHER_RUN}"
+        )
+
+
+class EventWriter(SummaryWriter):  # type: ignore[misc]
+    """Tells of a disk that is full as everything else does."""
+
+    def flush(self) -> None:
+        """Raises StorageError."""
+        try:
+            super().flush()
+        except OSError as exc:
+            raise storage_error(exc, Path(self.logdir)) from exc
+
+    def close(self) -> None:
+        """Raises StorageError."""
+        try:
+            super().close()
+        except OSError as exc:
+            raise storage_error(exc, Path(self.logdir)) from exc
+
+
+def event_writer(folder: Path) -> EventWriter:
+    """What writes a round's events for TensorBoard, which shows none of an earlier writer from the step on that comes next.
+
+    Raises TrainingError for a damaged checkpoint, StorageError.
+    """
     found = checkpoints(folder)
+    done = 0
+    if found:
+        with damage_told(found[-1]):
+            done = read_json(found[-1] / "trainer_state.json")["global_step"]
+    try:
+        return EventWriter(str(folder / TENSORBOARD), purge_step=done + 1)
+    except OSError as exc:
+        raise storage_error(exc, folder / TENSORBOARD) from exc
+
+
+def forget_other_inputs(folder: Path, inputs: dict[str, Any], *, bf16: bool) -> bool:
+    """Remove what was trained on other inputs or with other steps, and what a killed process left half done.
+
+    Returns whether to compute in bfloat16: as what is left was computed, else `bf16`.
+    """
+    note = folder / "inputs.json"
+    before = read_json(note) if note.exists() else {}
+    found, computed = checkpoints(folder), before.pop("bf16", bf16)
     if before != inputs or not (found or (folder / BEST).exists()):
         if found and before:
             changed = ", ".join(
@@ -288,22 +388,13 @@ def forget_other_inputs(folder: Path, inputs: dict[str, Any]) -> None:
         clear(folder)
         for ledger in ("log.jsonl", "validation.jsonl"):
             (folder / ledger).unlink(missing_ok=True)
-        write_json(note, inputs)
+        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+        computed = bf16
+        write_json(note, {**inputs, "bf16": bf16})
+    elif computed != bf16:
+        print(f"train: train.precision=auto goes on as it began, in {'bf16' if computed else 'fp32'}", flush=True)
     sweep(folder)
-
-
-def clear(folder: Path) -> None:
-    """Remove all checkpoints."""
-    for checkpoint in checkpoints(folder):
-        remove_checkpoint(checkpoint)
-    shutil.rmtree(folder / BEST, ignore_errors=True)
-    sweep(folder)
-
-
-def sweep(folder: Path) -> None:
-    """Remove the unfinished folders of killed processes."""
-    for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    return bool(computed)
 
 
 def uses_bf16(settings: TrainSettings, device: torch.device) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
 from shared.engines.t5 import RELATIVE_POSITION_MODELS, scales_logits, tied
 from shared.errors import TrainingError
@@ -21,6 +22,7 @@ ADAPTER = "adapter"
 """The folder of a round's LoRA in peft's format."""
 LARGEST_ERROR = 1e-2
 """In nats a token: how far packed float32 log-probabilities may be from unpacked ones. Wrong masks are off by whole nats."""
+OTHER_FAMILY = "use a model of the Llama or T5 family"
 
 
 class Student(nn.Module):
@@ -107,21 +109,32 @@ def load(source: str | Path, settings: TrainSettings, *, bf16: bool, adapter: Pa
 
     adapter: LoRA of an earlier round, to be trained on instead of a new one.
 
-    Raises TrainingError for a model that cannot be read or is of a kind that cannot be packed.
+    Raises TrainingError for a model that cannot be read or is of a kind that cannot be packed, and for settings that it does not allow.
     """
     try:
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
+        if not tokenizer.is_fast:
+            raise TrainingError(f"student.model: {source} has no fast tokenizer, which serving needs (a tokenizer.json)")
         if config.is_encoder_decoder and config.model_type not in RELATIVE_POSITION_MODELS:
             raise TrainingError(
                 f"student.model: {source} is an encoder-decoder of type {config.model_type}, whose absolute positions do not allow "
                 f"several responses in one row; use one of {', '.join(RELATIVE_POSITION_MODELS)}, or a decoder-only model"
             )
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
-    except (OSError, ValueError, SafetensorError) as exc:
-        raise TrainingError(f"student.model: cannot load {source}: {exc}") from exc
-    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        model, found = auto.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True)
+    except TrainingError:
+        raise
+    except Exception as exc:  # a boundary: the libraries that read a model's files have errors of all classes
+        if no_memory(exc):
+            raise
+        raise TrainingError(f"student.model: cannot load {source}: {type(exc).__name__}: {exc}") from exc
+    if missing := sorted(found["missing_keys"]):
+        raise TrainingError(
+            f"student.model: {source} has no weights for {len(missing)} tensors of its config.json, which would be random "
+            f"({', '.join(missing[:3])}); use a whole model with its language-model head"
+        )
+    if config.is_encoder_decoder and not isinstance(getattr(config, "decoder_start_token_id", None), int):
         raise TrainingError(
             f"student.model: the config.json of {source} has no decoder_start_token_id, with which every answer begins; set it"
         )
@@ -130,10 +143,19 @@ def load(source: str | Path, settings: TrainSettings, *, bf16: bool, adapter: Pa
     turn_dropout_off(model)
     freeze_lowest(student, settings.frozen_layers)
     if settings.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise TrainingError(
+                f"train.activation_checkpointing: a {config.model_type} model cannot compute activations again; set it to false"
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.lora_rank:
         adapt(student, settings.lora_rank, adapter)
     return student, tokenizer
+
+
+def no_memory(exc: BaseException) -> bool:
+    """Whether torch found no memory; a processor's allocator says that by its name, in any words."""
+    return isinstance(exc, torch.OutOfMemoryError) or (isinstance(exc, RuntimeError) and "DefaultCPUAllocator" in str(exc))
 
 
 def padding_token(tokenizer: Any) -> int:
@@ -192,21 +214,34 @@ def freeze_lowest(student: Student, layers: int) -> None:
 def adapt(student: Student, rank: int, adapter: Path | None = None) -> None:
     """Train LoRA of this rank (alpha = 2 * rank) on all linear layers above the frozen ones instead of the weights themselves.
 
-    adapter: the folder of one to go on with.
+    adapter: the folder of one to go on with. Raises TrainingError where there is no such layer, and for an adapter that cannot be read.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is not None:
-        student.adapted = PeftModel.from_pretrained(student.model, adapter, is_trainable=True)
+        try:
+            student.adapted = PeftModel.from_pretrained(student.model, adapter, is_trainable=True)
+        except Exception as exc:  # a boundary, as in `load`
+            if no_memory(exc):
+                raise
+            raise TrainingError(
+                f"{adapter} cannot be read ({exc}): it is damaged; remove {adapter.parent} to train that round anew"
+            ) from exc
         return
 
     head = student.model.get_output_embeddings()
-    linear = [
-        name
+    linear = {
+        name: module
         for name, module in student.model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and _trainable(module)
-    ]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=linear)
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and _trainable(module)
+    }
+    if not linear:
+        raise TrainingError(
+            f"train.lora_rank: a {student.model.config.model_type} model has no linear layers that LoRA could stand beside; set it to 0, "
+            "with train.frozen_layers or a smaller student.model if the memory is too small"
+        )
+    transposed = any(isinstance(module, Conv1D) for module in linear.values())  # GPT-2's
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(linear), fan_in_fan_out=transposed)
     student.adapted = get_peft_model(student.model, config)
 
 
@@ -224,12 +259,63 @@ def native_bf16(device: torch.device) -> bool:
     return False
 
 
+def refuse_unless_it_fits(student: Student, collator: Collator, rows: Sequence[Packed]) -> None:
+    """Raises TrainingError for a token without an embedding and a position beyond the last: to torch, an index out of range."""
+    ids = [max(part) for row in rows for part in (row.prompt, *row.responses) if part]
+    if student.kind == "encoder-decoder":
+        ids.append(student.model.config.decoder_start_token_id)
+    largest, embedded = max(*ids, collator.pad_token_id), len(student.model.get_input_embeddings().weight)
+    if largest >= embedded:
+        raise TrainingError(
+            f"student.model: its tokenizer gives the token {largest}, but it has embeddings of 0 to {embedded - 1} only; give it the "
+            "tokenizer that it was trained with, or save it after model.resize_token_embeddings(len(tokenizer))"
+        )
+    longest = max(len(row.prompt) + len(response) for row in rows for response in row.responses)
+    refuse_longer_texts(student, longest, "train.max_prompt_tokens or train.max_response_tokens")
+
+
+def refuse_longer_texts(student: Student, longest: int, settings: str) -> None:
+    """Raises TrainingError if the student has no position for the last of so many tokens; `settings`: those that make them fewer."""
+    if (limit := positions(student)) is not None and longest > limit:
+        raise TrainingError(
+            f"student.model: a {student.model.config.model_type} model of {limit} positions cannot read a prompt and an answer of "
+            f"{longest} tokens together; lower {settings}"
+        )
+
+
+def positions(student: Student) -> int | None:
+    """How many positions a decoder-only model knows that looks them up in a table; None of one that computes them, however many."""
+    limit = getattr(student.model.config, "max_position_embeddings", None)
+    if student.kind == "encoder-decoder" or not isinstance(limit, int):
+        return None
+    embedding = student.model.get_input_embeddings()
+    tables = [module.weight for module in student.model.modules() if isinstance(module, nn.Embedding) and module is not embedding]
+    tables += [buffer for buffer in student.model.buffers() if buffer.dim() == 2]  # GPT-J's
+    return limit if any(len(table) >= limit for table in tables) else None
+
+
 def refuse_unless_packable(student: Student, collator: Collator, example: Packed) -> None:
-    """Score one example packed and one response at a time. Raises TrainingError if the two differ.
+    """Score one example packed and one response at a time. Raises TrainingError if the two differ, or if the model fails on it.
 
     That is what makes any decoder-only architecture safe: one that ignores 4-D masks or position ids, windows its attention
     or scales its logits is refused instead of trained wrongly.
     """
+    named = f"student.model: a {student.model.config.model_type} model"
+    try:
+        error = _packing_error(student, collator, example)
+    except Exception as exc:  # a boundary: what a model does that knows no masks of this shape is its own affair
+        if no_memory(exc):
+            raise
+        raise TrainingError(f"{named} cannot read packed rows ({type(exc).__name__}: {exc}); {OTHER_FAMILY}") from exc
+    if not error <= LARGEST_ERROR:
+        raise TrainingError(
+            f"{named} scores packed rows differently from single ones (by {error:.3g} nats a token), so it cannot be trained this way; "
+            f"{OTHER_FAMILY}"
+        )
+
+
+def _packing_error(student: Student, collator: Collator, example: Packed) -> float:
+    """In nats: by how much a token's log-probability differs at most, packed and alone."""
     device = student.device
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collator([example]).items()}
     prompt = torch.tensor([example.prompt], device=device)
@@ -244,9 +330,4 @@ def refuse_unless_packable(student: Student, collator: Collator, example: Packed
             else:
                 logits = student.model(input_ids=prompt, labels=labels[None], use_cache=False).logits[0]
             single.append(token_logps(logits, labels))
-    error = (packed - torch.cat(single)).abs().max().item()
-    if not error <= LARGEST_ERROR:
-        raise TrainingError(
-            f"student.model: a {student.model.config.model_type} model scores packed rows differently from single ones (by {error:.3g} "
-            "nats a token), so it cannot be trained this way; use a model of the Llama or T5 family"
-        )
+    return (packed - torch.cat(single)).abs().max().item()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -21,15 +21,15 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from shared.artifacts import new_directory, read_json, temporary_name
-from shared.errors import StorageError, TrainingError
+from shared.artifacts import fsync_dir, new_directory, read_json, temporary_name
+from shared.errors import StorageError, TrainingError, storage_error
 from shared.settings import TrainSettings
 from student_trainer.training.collate import Collator, LengthGrouped, blank
 from student_trainer.training.losses import Counts, Terms, Weights, terms
 from student_trainer.training.packing import Packed
 from student_trainer.training.record import LogRow
-from student_trainer.training.rounds import PATIENCE, is_first, several
-from student_trainer.training.student import Student
+from student_trainer.training.rounds import PATIENCE, checkpoints, is_first, several
+from student_trainer.training.student import Student, no_memory
 
 WEIGHTS = "trained.safetensors"
 """What a checkpoint holds of the weights: only those that training changes."""
@@ -143,6 +143,17 @@ class Resumable(Trainer):  # type: ignore[misc]
         self._writing_to = Path(self.args.output_dir or ".")
         self._losses: list[tuple[Tensor, Sequence[str]]] = []
         """Of the step's micro-batches so far, with the examples' ids."""
+        self._steps_an_epoch = 1
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        self._steps_an_epoch = -(-len(loader) // self.args.gradient_accumulation_steps)
+        return loader
+
+    @property
+    def epoch(self) -> float:
+        """Epochs so far, counted in steps: Trainer counts them in micro-batches, of which layouts of the same step have more or fewer."""
+        return float(self.state.global_step / self._steps_an_epoch)
 
     def go_on(self) -> None:
         """Train to the end, from the last checkpoint if there is one. Raises TrainingError."""
@@ -151,8 +162,10 @@ class Resumable(Trainer):  # type: ignore[misc]
             if not found:
                 self.train()
                 return
-            state = read_json(found[-1] / "trainer_state.json")
-            if not state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
+            with damage_told(found[-1]):
+                state = read_json(found[-1] / "trainer_state.json")
+                stopped = state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+            if not stopped:
                 self.train(resume_from_checkpoint=str(found[-1]))
             else:  # killed between the last step, or an early stop, and the end of the stage
                 self._load_from_checkpoint(str(found[-1]))
@@ -190,7 +203,7 @@ class Resumable(Trainer):  # type: ignore[misc]
         seconds = time.monotonic() - self._step_began
         row = {
             "step": self.state.global_step,
-            "epoch": self.state.epoch,
+            "epoch": self.epoch,
             "loss": logs["loss"],
             "grad_norm": logs["grad_norm"],
             "learning_rate": logs["learning_rate"],
@@ -236,7 +249,16 @@ class Resumable(Trainer):  # type: ignore[misc]
             save_file(weights, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.student, Path(resume_from_checkpoint) / WEIGHTS)
+        with damage_told(Path(resume_from_checkpoint)):
+            load_weights(self.student, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with damage_told(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with damage_told(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)
 
 
 class OrpoTrainer(Resumable):
@@ -336,24 +358,62 @@ def whole_weights(student: Student) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def weights_directory(path: Path) -> Iterator[Path]:
     """`new_directory` for what safetensors and torch write, which tell of a full disk by errors of their own. Raises StorageError."""
+    with full_disk_told(path), new_directory(path) as temporary:
+        yield temporary
+
+
+def write_weights(weights: dict[str, Tensor], file: Path, *, metadata: dict[str, str]) -> None:
+    """Write a file of weights durably, or leave the one that was there: whatever happens, there is a whole one. Raises StorageError."""
+    temporary = temporary_name(file)
     try:
-        with new_directory(path) as temporary:
-            yield temporary
-    except (SafetensorError, RuntimeError) as exc:
-        if isinstance(exc, RuntimeError) and not any(word in str(exc) for word in ("inline_container", "PytorchStreamWriter")):
+        with full_disk_told(file):
+            save_file(weights, temporary, metadata=metadata)
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, file)
+            fsync_dir(file.parent)
+    except OSError as exc:
+        raise storage_error(exc, file) from exc
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Raises StorageError where safetensors, torch or tokenizers tell by errors of their own that there is no room for `path`."""
+    try:
+        yield
+    except Exception as exc:
+        of_torch = isinstance(exc, RuntimeError) and any(word in str(exc) for word in ("inline_container", "PytorchStreamWriter"))
+        of_tokenizers = type(exc) is Exception and "(os error" in str(exc)
+        if not (isinstance(exc, SafetensorError) or of_torch or of_tokenizers):
             raise
         raise StorageError(f"{path} cannot be written: {str(exc).splitlines()[0]}; free some space and run the same command again") from exc
 
 
 @contextlib.contextmanager
 def out_of_memory_told(what: Callable[[], str]) -> Iterator[None]:
-    """Raises TrainingError with `what()` where torch finds no memory; a processor's allocator says that by its name, in any words."""
+    """Raises TrainingError with `what()` where torch finds no memory."""
     try:
         yield
     except RuntimeError as exc:
-        if not isinstance(exc, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(exc):
+        if not no_memory(exc):
             raise
         raise TrainingError(what()) from exc
+
+
+@contextlib.contextmanager
+def damage_told(folder: Path) -> Iterator[None]:
+    """Raises TrainingError that says what to remove where what is read in `folder` is not what was written there."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except Exception as exc:  # a boundary: torch, pickle and safetensors have errors of all classes for a torn file
+        if no_memory(exc):
+            raise
+        said = f"{type(exc).__name__}: {str(exc).splitlines()[0][:150] if str(exc) else 'it ends too early'}"
+        raise TrainingError(f"{folder} is damaged ({said}); remove it, and the same command goes on from what is left") from exc
 
 
 def _listed(example_ids: Sequence[str]) -> str:
@@ -365,22 +425,10 @@ def load_weights(student: Student, file: Path) -> None:
     """Put trained weights back in their places. Raises TrainingError for those of another student."""
     saved, trained = load_file(file), student.trained()
     if {name: w.shape for name, w in saved.items()} != {name: w.shape for name, w in trained.items()}:
-        raise TrainingError(f"{file.parent} holds other weights than this student trains; remove it to begin anew")
+        raise TrainingError(f"{file} holds other weights than this student trains; remove {file.parent} to begin anew")
     with torch.no_grad():
         for name, parameter in trained.items():
             weight = saved[name].to(parameter.device)
             if isinstance(parameter, DTensor):  # under FSDP each process keeps its part
                 weight = distribute_tensor(weight, parameter.device_mesh, parameter.placements)
             parameter.copy_(weight)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first: they get their name only when every file is on the disk."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Take its name away first, so that half a checkpoint is never taken for a whole one."""
-    doomed = temporary_name(checkpoint)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)

@@ -10,22 +10,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors.torch import save_file
+from safetensors import safe_open
 from transformers import TrainerCallback
 
-from shared.artifacts import Ledger, read_json, write_json
+from shared.artifacts import Ledger
 from shared.contracts import Contract
-from student_trainer.training.rounds import is_first
+from student_trainer.training.rounds import BEST, is_first
 from student_trainer.training.student import Student
-from student_trainer.training.trainer import WEIGHTS, out_of_memory_told, weights_directory, whole_weights
+from student_trainer.training.trainer import ANOTHER_RUN, damage_told, out_of_memory_told, whole_weights, write_weights
 
-BEST = "best"
-"""The folder of the best weights so far, and of the validation that found them so."""
-VALIDATION = "validation.json"
+VALIDATION = "validation"
+"""What the file of the best weights says beside them."""
 BATCH = 16
 OUT_OF_MEMORY = (
-    "out of memory while step {step} is validated; the last checkpoint is kept. Go on with a lower evaluate.max_tokens; if that does not "
-    "help, train.validate_every=0 in another --out takes the student after the last step"
+    f"out of memory while step {{step}} is validated; begin in another --out {ANOTHER_RUN} with a lower train.validation_max_tokens, or "
+    "with train.validate_every=0, which takes the student after the last step"
 )
 
 
@@ -34,6 +33,7 @@ class ValidationRow(Contract):
 
     step: int
     epoch: float
+    """Steps by the steps of an epoch."""
     rouge_l: float
     """Mean ROUGE-L F1 with the references, in [0, 1]."""
 
@@ -94,22 +94,23 @@ class Validator(TrainerCallback):  # type: ignore[misc]
         *,
         every: float,
         patience: int | None,
+        epoch: Callable[[], float],
         report: Callable[..., None],
     ) -> None:
         """score: of all answers in the order of `prompts`; every: epochs; patience: validations without a better score; None: no end;
-        report: as `Resumable.report`.
+        epoch, report: as `Resumable` has them.
         """
         self._answer, self._prompts, self._score = answer, prompts, score
         self._folder, self._ledger, self._every, self._patience = folder, ledger, every, patience
-        self._report = report
+        self._epoch_now, self._report = epoch, report
         self._rows = {row.step: row for row in ledger.rows()} if ledger else {}
         self._best = best_validation(folder)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._epoch = state.epoch or 0.0
+        self._epoch = self._epoch_now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        before, self._epoch = self._epoch, state.epoch
+        before, self._epoch = self._epoch, self._epoch_now()
         passed = int(before / self._every + 1e-6) < int(self._epoch / self._every + 1e-6)
         if passed or state.global_step >= state.max_steps:
             self._validate(state.global_step, self._epoch, control, process=args.process_index, processes=args.world_size)
@@ -145,19 +146,19 @@ class Validator(TrainerCallback):  # type: ignore[misc]
 
 
 def keep_weights(student: Student, folder: Path, row: ValidationRow | None = None) -> None:
-    """Keep the trained weights as they are in folder/BEST, and with them their validation, whole or not at all.
+    """Keep the trained weights as they are in folder/BEST, and with them their validation.
 
     All processes take part, the first one writes. Raises StorageError.
     """
     weights = whole_weights(student)
     if is_first():
-        with weights_directory(folder / BEST) as best:
-            save_file(weights, best / WEIGHTS)
-            if row is not None:
-                write_json(best / VALIDATION, row.model_dump())
+        write_weights(weights, folder / BEST, metadata={} if row is None else {VALIDATION: row.model_dump_json()})
 
 
 def best_validation(folder: Path) -> ValidationRow | None:
     """The validation of the weights that are kept in `folder`; None if there are none, or none that were validated."""
-    file = folder / BEST / VALIDATION
-    return ValidationRow.model_validate(read_json(file)) if file.exists() else None
+    if not (folder / BEST).exists():
+        return None
+    with damage_told(folder), safe_open(folder / BEST, "pt") as weights:
+        said = (weights.metadata() or {}).get(VALIDATION)
+        return None if said is None else ValidationRow.model_validate_json(said)

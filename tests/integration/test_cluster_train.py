@@ -20,7 +20,7 @@ from trained import checkpoint, folder, run_with, triplets
 from shared.cli import main
 from shared.errors import INTERRUPTED, TERMINATED, SettingsError
 from student_trainer.cluster import train
-from student_trainer.training.trainer import checkpoints
+from student_trainer.training.rounds import checkpoints
 
 STEPS = {"batch_size": 8, "epochs": 20, "learning_rate": 0.01, "checkpoint_steps": 2}
 END_S = 240.0

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from trained import checkpoint, folder, run_with, triplets
 
 from shared.cli import main
-from student_trainer.training.trainer import checkpoints
+from student_trainer.training.rounds import checkpoints
 
 STEPS = {"batch_size": 8, "epochs": 3, "learning_rate": 0.01, "checkpoint_steps": 2}
 

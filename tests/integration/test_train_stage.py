@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from awake import awake
 from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from trained import folder, run_with, triplets
 
 from shared.cli import main
 from student_trainer.training import stage as training
-from student_trainer.training.trainer import WEIGHTS, checkpoints
+from student_trainer.training.rounds import checkpoints
+from student_trainer.training.trainer import WEIGHTS
 
 STEPS = 30 * 3
 
@@ -80,10 +83,10 @@ def test_ctrl_c_keeps_the_checkpoint_and_prints_the_command_that_goes_on(tmp_pat
 def test_told_to_end_it_ends_at_once_and_keeps_the_checkpoint(tmp_path):
     process = start(run_with(tmp_path / "run", folder(tmp_path / "model"), triplets(), epochs=3000))
     when_first_checkpoint_stands(process, tmp_path / "run")
-    begun = time.monotonic()
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 5
+    with awake() as seconds:
+        process.terminate()
+        _, errors = process.communicate(timeout=90)
+        assert seconds() < 5
     assert process.returncode == 143, errors
     assert "distill train: told to end; everything done so far is kept" in errors
     assert checkpoints(tmp_path / "run" / "checkpoints" / "r0")
@@ -120,6 +123,46 @@ def test_other_triplets_begin_anew_instead_of_going_on(tmp_path):
     assert main(run_with(tmp_path / "run", model, triplets(seed=1))) == 0
     assert main(run_with(tmp_path / "other", model, triplets(seed=1))) == 0
     assert [row["loss"] for row in log(tmp_path / "run")] == [row["loss"] for row in log(tmp_path / "other")]
+
+
+def events(run: Path) -> list[Event]:
+    """What TensorBoard is told, file after file."""
+    found = []
+    for file in sorted((run / "checkpoints" / "r0" / "tensorboard").iterdir()):
+        data = file.read_bytes()
+        while data:  # a record: its length, a checksum, the event, a checksum
+            size = int.from_bytes(data[:8], "little")
+            found.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
+
+
+def shown(run: Path) -> list[int]:
+    """Steps whose loss TensorBoard shows: an event that begins a session takes away those of before from its own step on."""
+    steps: list[int] = []
+    for event in events(run):
+        if event.session_log.status == SessionLog.START:
+            steps = [step for step in steps if step < event.step]
+        steps += [event.step for value in event.summary.value if value.tag == "train/loss"]
+    return steps
+
+
+def test_tensorboard_shows_each_step_once_also_after_a_kill_and_after_other_triplets(tmp_path):
+    run, model = tmp_path / "run", folder(tmp_path / "model")
+    arguments = run_with(run, model, triplets(), checkpoint_steps=20)
+    process = start(arguments)
+    when_first_checkpoint_stands(process, run)
+    while len(log(run)) < 24:  # some steps after the checkpoint, which come again
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert main(arguments) == 0
+    assert shown(run) == [row["step"] for row in log(run)] == list(range(1, STEPS + 1))
+    assert len(list((run / "checkpoints" / "r0" / "tensorboard").iterdir())) == 2
+    assert main(run_with(run, model, triplets(seed=1), checkpoint_steps=20)) == 0
+    assert len(list((run / "checkpoints" / "r0" / "tensorboard").iterdir())) == 1
+    assert shown(run) == list(range(1, STEPS + 1))
 
 
 def test_the_student_and_the_manifest_say_what_was_done(tmp_path, capsys):

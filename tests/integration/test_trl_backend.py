@@ -23,7 +23,7 @@ from shared.cli import main
 from shared.contracts import Triplet
 from student_trainer.training.losses import token_logps
 from student_trainer.training.packing import Packer, group
-from student_trainer.training.trainer import checkpoints
+from student_trainer.training.rounds import checkpoints
 
 ALIKE = ("odds_ratio", "accuracy", "logp_chosen", "logp_rejected", "margin")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,6 +80,45 @@ def test_a_directory_takes_the_place_of_the_old_one_only_when_it_is_whole(tmp_pa
         (folder / "three").write_text("3")
     assert [p.name for p in target.iterdir()] == ["three"]
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_directory_is_never_left_with_a_part_of_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill_within(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            next(path.iterdir()).unlink()
+            raise Killed
+
+    target = tmp_path / "d"
+
+    def write(content: str, then: Callable[[], object] = lambda: None) -> None:
+        with new_directory(target) as folder:
+            for name in ("one", "two"):
+                (folder / name).write_text(content)
+            then()
+
+    write("old")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        write("new", then=lambda: patched.setattr("shared.artifacts.shutil.rmtree", kill_within))
+    assert [(target / name).read_text() for name in ("one", "two")] == ["new", "new"]
+    with new_directory(target):
+        pass  # sweeps what was left
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_directory_that_cannot_be_named_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*anything: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = tmp_path / "d"
+    with new_directory(target) as folder:
+        (folder / "one").write_text("1")
+    with pytest.raises(StorageError), new_directory(target):
+        monkeypatch.setattr(os, "replace", refuse)
+    assert [p.name for p in target.iterdir()] == ["one"]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_processes_with_one_pid_in_two_containers_do_not_write_the_same_temporary(tmp_path: Path) -> None:
@@ -338,6 +378,19 @@ def test_a_stage_is_no_longer_complete_when_what_it_read_was_made_anew_otherwise
     assert run.stage("b", inputs=["a"]).complete
     finished(run, "a", "other\n")
     assert not run.stage("b", inputs=["a"]).complete
+
+
+@pytest.mark.parametrize("content", ["on", "two\n", None])
+def test_what_a_stage_reads_is_what_its_own_stage_wrote(tmp_path: Path, content: str | None) -> None:
+    run = Run.open(tmp_path, recipe())
+    file = finished(run, "triplets/r0", "one\n")
+    stage = run.stage("b", inputs=["triplets/r0"])
+    stage.refuse_changed_inputs()
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(DataError, match=r"rows\.jsonl is not what `distill triplets` wrote.*remove that manifest\.json and run"):
+        stage.refuse_changed_inputs()
 
 
 OPEN_A_STAGE = """

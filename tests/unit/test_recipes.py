@@ -23,6 +23,13 @@ def test_a_shipped_recipe_parses_and_is_named_like_its_file(file: Path) -> None:
     assert parse(file.name).name == file.stem
 
 
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
+def test_a_shipped_recipe_validates_as_it_evaluates(file: Path) -> None:
+    recipe = parse(file.name)
+    assert recipe.train.validation_max_tokens == recipe.evaluate.max_tokens
+    assert recipe.train.validation_stop == recipe.evaluate.stop
+
+
 def test_the_three_recipes_are_shipped() -> None:
     assert {f.stem for f in RECIPES} >= {"tinyllama-flan-t5-meqsum", "offline-demo", "smoke"}
 

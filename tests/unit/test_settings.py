@@ -237,6 +237,26 @@ def test_an_empty_variable_counts_as_none(tmp_path: Path, monkeypatch: pytest.Mo
     assert (settings.engine, settings.upstream_key_file) == ("local", None)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sample__samples": 0}, r"train\.rounds=2, sample\.samples=0: .*; raise sample\.samples; or give triplets\.on_policy=0"),
+        ({"triplets__rejected_from": ["teacher"]}, r"train\.rounds=2, triplets\.rejected_from: .*; name student there; or give"),
+    ],
+)
+def test_a_second_round_that_could_reject_nothing_of_the_students_is_refused(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        load(tmp_path, train__rounds=2, **settings)
+    assert load(tmp_path, train__rounds=1, **settings).train.rounds == 1
+    assert load(tmp_path, train__rounds=2, triplets__on_policy=0, **settings).train.rounds == 2  # a baseline, and asked for
+
+
+def test_patience_without_validations_is_refused_with_both_settings_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"train: patience, validate_every: .*give train\.validate_every, or leave train\.patience out"):
+        load(tmp_path, LAUNCHES + "train: {patience: 2, validate_every: 0}\n")
+    assert load(tmp_path, LAUNCHES + "train: {patience: 2}\n").train.patience == 2
+
+
 def test_settings_of_procedure_are_settings() -> None:
     assert set(dotted_names(Recipe)) >= set(PROCEDURE)
 

@@ -10,23 +10,24 @@ import resource
 import pytest
 import tiny_models
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, collator, examples, gradients, loss_of, student
+from tokenizers import Tokenizer, models
 
 from shared.errors import StorageError, TrainingError
 from shared.settings import TrainSettings
 from student_trainer.training.collate import LengthGrouped
 from student_trainer.training.losses import Weights
+from student_trainer.training.rounds import checkpoints, remove_checkpoint
 from student_trainer.training.stage import Checkpointing
 from student_trainer.training.student import adapt, freeze_lowest, load, native_bf16
 from student_trainer.training.trainer import (
     WEIGHTS,
     OrpoTrainer,
     arguments,
-    checkpoints,
     load_weights,
-    remove_checkpoint,
     weights_directory,
+    write_weights,
 )
 
 
@@ -192,7 +193,12 @@ def test_another_error_of_torch_passes_as_it_is(tmp_path):
         made.go_on()
 
 
-@pytest.mark.parametrize("write", [save_file, torch.save])
+def save_tokenizer(weights, file):
+    words = {f"w{i}": i for i in range(len(weights["w"]))}
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(file))
+
+
+@pytest.mark.parametrize("write", [save_file, torch.save, save_tokenizer])
 def test_a_disk_that_is_full_is_told_and_leaves_what_was_there(write, tmp_path):
     with weights_directory(tmp_path / "kept") as folder:
         (folder / "before").touch()
@@ -208,6 +214,20 @@ def test_a_disk_that_is_full_is_told_and_leaves_what_was_there(write, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [file.name for file in (tmp_path / "kept").iterdir()] == ["before"]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_weights_for_which_there_is_no_room_leave_the_file_that_was_there(tmp_path):
+    file = tmp_path / "kept.safetensors"
+    write_weights({"w": torch.ones(4)}, file, metadata={"said": "a"})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"kept\.safetensors.*free some space"):
+            write_weights({"w": torch.zeros(40_000)}, file, metadata={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_file(file)["w"].tolist() == [1.0] * 4
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_other_steps_between_checkpoints_hold_from_the_next_start_on(tmp_path):
@@ -256,7 +276,7 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path):
     deeper, wider = student("decoder-only", layers=3).float(), student("decoder-only").float()
     wider.model.model.norm.weight = torch.nn.Parameter(torch.ones(33))
     for other in (deeper, wider):
-        with pytest.raises(TrainingError, match="holds other weights than this student trains; remove it to begin anew"):
+        with pytest.raises(TrainingError, match=r"holds other weights than this student trains; remove .*checkpoint-2 to begin anew"):
             load_weights(other, tmp_path / "checkpoint-2" / WEIGHTS)
 
 

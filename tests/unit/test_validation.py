@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from shared.artifacts import Ledger
 from shared.errors import TrainingError
-from student_trainer.training.trainer import WEIGHTS
-from student_trainer.training.validation import BEST, ValidationRow, Validator, best_validation
+from student_trainer.training.rounds import BEST
+from student_trainer.training.validation import ValidationRow, Validator, best_validation
 
 
 def validated(folder, scores, *, patience=None, answers=lambda prompts: ["x"] * len(prompts)):
@@ -30,7 +30,15 @@ def validated(folder, scores, *, patience=None, answers=lambda prompts: ["x"] * 
     with Ledger(folder / "validation.jsonl", ValidationRow) as ledger:
         left = iter(scores.values())
         validator = Validator(
-            Answers(), [[4]], lambda texts: next(left), folder, ledger, every=1.0, patience=patience, report=lambda *a, **k: None
+            Answers(),
+            [[4]],
+            lambda texts: next(left),
+            folder,
+            ledger,
+            every=1.0,
+            patience=patience,
+            epoch=lambda: 0.0,
+            report=lambda *a, **k: None,
         )
         for step, score in scores.items():
             with torch.no_grad():
@@ -41,7 +49,7 @@ def validated(folder, scores, *, patience=None, answers=lambda prompts: ["x"] * 
 
 def kept(folder):
     """The score that the kept weights had, and what is said of it."""
-    weight = next(iter(load_file(folder / BEST / WEIGHTS).values())).flatten()[0].item()
+    weight = next(iter(load_file(folder / BEST).values())).flatten()[0].item()
     return round(weight, 4), best_validation(folder)
 
 
@@ -68,6 +76,26 @@ def test_after_a_kill_the_kept_weights_and_what_is_said_of_them_belong_together(
     assert {r.step: r.rouge_l for r in rows} == {**before, **again}
 
 
+@pytest.mark.parametrize("moment", ["save_file", "os.replace", "fsync_dir"])
+def test_killed_while_better_weights_take_their_place_it_has_whole_ones_with_their_score(moment, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*anything, **more):
+        raise Killed
+
+    validated(tmp_path, {4: 0.4})
+    with monkeypatch.context() as patched:
+        patched.setattr(f"student_trainer.training.trainer.{moment}", kill)
+        with pytest.raises(Killed):
+            validated(tmp_path, {8: 0.5})
+    weight, row = kept(tmp_path)
+    assert row.rouge_l == weight == (0.5 if moment == "fsync_dir" else 0.4)
+    validated(tmp_path, {8: 0.45})
+    weight, row = kept(tmp_path)
+    assert row.rouge_l == weight == (0.5 if moment == "fsync_dir" else 0.45)
+
+
 def test_a_step_that_says_the_same_again_has_one_row(tmp_path):
     validated(tmp_path, {4: 0.4, 8: 0.5})
     rows, _ = validated(tmp_path, {8: 0.5, 12: 0.1})
@@ -81,5 +109,5 @@ def test_patience_counts_validations_since_the_best_also_over_a_kill(tmp_path):
 
 
 def test_out_of_memory_while_answering_names_what_to_lower(tmp_path):
-    with pytest.raises(TrainingError, match=r"out of memory while step 4 is validated; .*lower evaluate\.max_tokens"):
+    with pytest.raises(TrainingError, match=r"step 4 is validated; .*another --out \(with --answers-from.* lower train\.validation_max"):
         validated(tmp_path, {4: 0.5}, answers=lambda prompts: torch.empty(10**15))
