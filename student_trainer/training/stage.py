@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -366,7 +367,8 @@ def event_writer(folder: Path) -> EventWriter:
         with damage_told(found[-1]):
             done = read_json(found[-1] / "trainer_state.json")["global_step"]
     try:
-        return EventWriter(str(folder / TENSORBOARD), purge_step=done + 1)
+        # its own name holds the second alone: one that was killed in the same would be written over
+        return EventWriter(str(folder / TENSORBOARD), purge_step=done + 1, filename_suffix=f".{done:09}.{os.getpid()}")
     except OSError as exc:
         raise storage_error(exc, folder / TENSORBOARD) from exc
 
