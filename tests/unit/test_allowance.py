@@ -350,7 +350,7 @@ def test_workers_reach_the_given_rate_together_and_are_not_refused(tmp_path: Pat
     done = run_workers(desk, teacher, tmp_path, workers=4, prompts=100)
     assert [c.answers for c in done if isinstance(c, Collected)] == [200] * 4
     assert sorted(teacher.asked) == sorted(f"question {i}" for i in range(400))
-    assert teacher.refused <= 0.1 * teacher.calls  # none, but for a burst after the machine stood still
+    assert teacher.refused <= 0.05 * teacher.calls
     assert desk.account.requests == teacher.calls
 
 
